@@ -1,0 +1,99 @@
+"""The only seams of the house. A room is anything that fits one of these; the loop works through them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from opd.types import Batch, Grade, Prompt, Resolution, Rollout, Row, SamplingParams, ScorerRows, StepReport
+
+if TYPE_CHECKING:
+    import torch
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Writes answers with the student's current weights."""
+
+    def generate(self, prompts_P: Sequence[Prompt], params: SamplingParams, *, tag: str) -> list[Rollout]:
+        """`params.samples_per_prompt` rollouts for every prompt, grouped by prompt, in the order of `prompts_P`.
+
+        A rollout's id is `<tag>/<prompt id>/<sample>`; its noise depends on (seed, id, position) only, so neither the
+        batch it is drawn in nor the order of prompts changes it.
+        """
+        ...
+
+    def load(self, weights: Weights) -> None:
+        """Takes over new weights; later rollouts carry `weights.version`."""
+        ...
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """A version of the student's weights on its way to a sampler."""
+
+    version: int
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Name to tensor, named as in the model's own state dict."""
+        ...
+
+
+class EvidenceHandle(Protocol):
+    """Lazy evidence on a batch of rollouts: nothing is computed or held until a micro-batch pulls it."""
+
+    def pull(self, batch: Batch, resolution: Resolution) -> dict[str, ScorerRows]:
+        """Scorer name to its rows, aligned with the flattened response tokens of `batch` (joined by rollout id)."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Reads rollouts and says how likely every token was."""
+
+    name: str
+    fingerprint: str
+
+    def evidence(self, rollouts_N: Sequence[Rollout]) -> EvidenceHandle: ...
+
+
+class NextToken(Protocol):
+    """A model that can be asked token by token, for behaviours that need the teacher inside sampling."""
+
+    def logits(self, prefixes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """float32 [N, V]: unnormalised scores of the next token of every prefix."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Holds the student's master weights and changes them."""
+
+    def update(self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None) -> StepReport: ...
+
+    def weights(self) -> Weights: ...
+
+
+@runtime_checkable
+class Grader(Protocol):
+    """Says how good answers are. Model text never runs in our own process."""
+
+    def grade(self, rows: Sequence[Row], answers: Sequence[str]) -> list[Grade]: ...
+
+    def close(self) -> None: ...
+
+
+class Environment(Protocol):
+    """Answers the student between its turns (tools, games). Its tokens are never trained."""
+
+    def reset(self, row: Row) -> None: ...
+
+    def reply(self, answer: str) -> tuple[str | None, Mapping[str, Any]]:
+        """The next message to the student, or None when the episode is over; and facts for the report."""
+        ...
+
+
+class WeightChannel(Protocol):
+    """Carries weights from learner to sampler and shows that they arrived."""
+
+    def publish(self, weights: Weights) -> None: ...

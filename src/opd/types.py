@@ -1,0 +1,212 @@
+"""The nouns on the wire. All are frozen; arrays are numpy; token ids are never turned back into text and re-read.
+
+Axis suffixes, used for names everywhere in opd:
+
+    P  prompts            N  rollouts            T  tokens
+    K  top-k entries      V  vocabulary          D  hidden width
+
+A name with several suffixes is a tensor with these axes in this order: `logits_TV`, `hidden_TD`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length"]
+Behaviour = Literal["student", "dataset"]
+Resolution = Literal["sampled", "full"]
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of data, before any tokenizer has seen it.
+
+    id          `<source name>/<index in the source>`; the same row has the same id in every run.
+    domain      what the row is about: the source's name unless the source says otherwise. Routing and reports use it.
+    prompt      a plain string or a chat without its final assistant turn. The empty string for raw text.
+    completion  the answer that came with the row, None for a prompt alone.
+    columns     every other column of the row; graders and privileged contexts read them.
+    """
+
+    id: str
+    domain: str
+    prompt: str | tuple[Message, ...]
+    completion: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A row rendered once, in the student's own format.
+
+    ids             int64 [T]; what the student reads before it writes. Holds exactly one BOS where the model has one.
+    completion_ids  int64 [T] or None; the row's own answer with its end token, for terms on data tokens.
+    """
+
+    row: Row
+    ids: NDArray[np.int64]
+    completion_ids: NDArray[np.int64] | None = None
+
+    @property
+    def id(self) -> str:
+        return self.row.id
+
+    @property
+    def domain(self) -> str:
+        return self.row.domain
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn: softmax(logits / temperature), cut to top_k, then to top_p, renormalised.
+
+    temperature   0 means the arg max (the recorded log-probability is then 0).
+    top_k         0 means no cut.
+    stop_ids      tokens that end an answer; the drawn one is kept as the answer's last token.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_ids: tuple[int, ...] = ()
+    samples_per_prompt: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """One answer, token by token.
+
+    id                  unique in a run; everything about a rollout is joined by it, never by position.
+    response_ids        int64 [T]; with its end token when it has one.
+    behaviour_logprobs  float32 [T]; under the distribution that was sampled from (temperature and cuts applied);
+                        NaN where nobody sampled (dataset answers).
+    mask                bool [T]; True where the writer chose the token: the only tokens that may be trained.
+    policy_version      which weights wrote it: the number of updates the student had seen.
+    turns               (start, end) of each span the student wrote, in response positions.
+    """
+
+    id: str
+    prompt: Prompt
+    response_ids: NDArray[np.int64]
+    behaviour_logprobs: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    policy_version: int
+    behaviour: Behaviour
+    finish_reason: FinishReason
+    sampling: SamplingParams | None = None
+    turns: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def domain(self) -> str:
+        return self.prompt.row.domain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What one scorer says about one rollout, as it is stored or sent: information, never a finished advantage.
+
+    logprobs     float32 [T]; log-probability of each response token under the scorer.
+    valid        bool [T]; False where the scorer gave nothing finite. Such a token is masked, never counted as 0.0.
+    fingerprint  weights, tokenizer, template and temperature that produced it.
+    """
+
+    rollout_id: str
+    scorer: str
+    logprobs: NDArray[np.float32]
+    valid: NDArray[np.bool_]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last linear layer of a model, as numbers: logits = softcap(scale * (hidden @ weight.T + bias)).
+
+    weight_VD  [V, D]; only the first `vocab_size` rows are real tokens, the rest is padding and never read.
+    order_V    None, or int64 [vocab_size]: row order_V[v] scores token v (two end tokens exchanged between formats).
+    """
+
+    weight_VD: torch.Tensor
+    vocab_size: int
+    bias_V: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    order_V: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScorerRows:
+    """A scorer's evidence for the response tokens of one micro-batch, flattened in the batch's own order.
+
+    valid_T       bool [T].
+    logprobs_T    float32 [T] at the sampled tokens; present when the resolution is "sampled".
+    hidden_TD     [T, D] and `head`; present when the resolution is "full".
+    temperature   what the logits are divided by before the softmax.
+    """
+
+    name: str
+    valid_T: torch.Tensor
+    temperature: float
+    logprobs_T: torch.Tensor | None = None
+    hidden_TD: torch.Tensor | None = None
+    head: Head | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch as tensors: padded sequences, and the response tokens of all of them flattened to [T].
+
+    ids_NS, attention_NS, positions_NS  int64 [N, S]: prompt + response, the attention mask, absolute positions.
+    row_T, column_T  int64 [T]: where the hidden state sits that predicts each response token.
+    token_T          int64 [T]: the response token itself.
+    index_T          int64 [T]: which rollout of the micro-batch it belongs to.
+    behaviour_T      float32 [T]: log-probability under the sampler, NaN where there is none.
+    mask_T           bool [T]: tokens that may be trained.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    ids_NS: torch.Tensor
+    attention_NS: torch.Tensor
+    positions_NS: torch.Tensor
+    row_T: torch.Tensor
+    column_T: torch.Tensor
+    token_T: torch.Tensor
+    index_T: torch.Tensor
+    behaviour_T: torch.Tensor
+    mask_T: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one update did.
+
+    applied   False when the step was skipped because its loss or gradient was not finite.
+    metrics   plain numbers, e.g. `loss`, `reverse_kl`, `grad_norm`, `trained_tokens`.
+    """
+
+    step: int
+    applied: bool
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grade:
+    """The verdict on one answer: score in [0, 1], or None where the grader could not decide (then it is left out)."""
+
+    score: float | None
+    reason: str = ""
