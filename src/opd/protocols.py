@@ -46,6 +46,10 @@ class EvidenceHandle(Protocol):
         """Scorer name to its rows, aligned with the flattened response tokens of `batch` (joined by rollout id)."""
         ...
 
+    def release(self) -> None:
+        """The update is over: frees what pulling needed (an offloaded teacher leaves the device)."""
+        ...
+
 
 @runtime_checkable
 class Teacher(Protocol):

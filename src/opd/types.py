@@ -172,9 +172,9 @@ class Batch:
     """One micro-batch as tensors: padded sequences, and the response tokens of all of them flattened to [T].
 
     ids_NS, attention_NS, positions_NS  int64 [N, S]: prompt + response, the attention mask, absolute positions.
-    row_T, column_T  int64 [T]: where the hidden state sits that predicts each response token.
+    row_T, column_T  int64 [T]: where the hidden state sits that predicts each response token; row_T is also which
+                     rollout of the micro-batch the token belongs to.
     token_T          int64 [T]: the response token itself.
-    index_T          int64 [T]: which rollout of the micro-batch it belongs to.
     behaviour_T      float32 [T]: log-probability under the sampler, NaN where there is none.
     mask_T           bool [T]: tokens that may be trained.
     """
@@ -186,7 +186,6 @@ class Batch:
     row_T: torch.Tensor
     column_T: torch.Tensor
     token_T: torch.Tensor
-    index_T: torch.Tensor
     behaviour_T: torch.Tensor
     mask_T: torch.Tensor
 

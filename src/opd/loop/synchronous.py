@@ -1,0 +1,102 @@
+"""The loop, one step as one sentence: ask, write, score, change, write with the new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from opd.costs.ledger import Ledger, prefill_cost, sampling_cost, scoring_cost, training_cost
+from opd.costs.size import ModelSize
+from opd.protocols import EvidenceHandle, Learner, Sampler, Teacher
+from opd.types import Batch, Prompt, Resolution, Rollout, SamplingParams, ScorerRows, StepReport
+
+
+class PromptSource(Protocol):
+    """Index-addressed prompts: what step `step` asks is a function of the step alone."""
+
+    def batch(self, step: int) -> list[Prompt]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rooms:
+    """The parts that meet in the loop."""
+
+    prompts: PromptSource
+    sampler: Sampler
+    teacher: Teacher | None
+    learner: Learner
+    params: SamplingParams
+    student_size: ModelSize
+    teacher_size: ModelSize | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """What the loop tells the outside: once a step, and when an evaluation is due.
+
+    on_step     (report, rollouts, numbers): `numbers` are the step's metrics ready to be written.
+    on_phase    (name): a part of a step begins.
+    evaluate    called after every `every` steps, or never when that is 0.
+    """
+
+    on_step: Callable[[StepReport, Sequence[Rollout], dict[str, float]], None]
+    on_phase: Callable[[str], None]
+    evaluate: Callable[[int], None]
+    every: int = 0
+
+
+def train(rooms: Rooms, *, steps: int, ledger: Ledger, listener: Listener) -> None:
+    """Runs `steps` updates. Whatever the learner, the sampler or the listener raise passes through."""
+    for step in range(steps):
+        prompts_P = rooms.prompts.batch(step)
+        listener.on_phase("rollout")
+        with ledger.seconds("rollout"):
+            rollouts_N = rooms.sampler.generate(prompts_P, rooms.params, tag=f"train/{step}")
+        listener.on_phase("update")
+        with ledger.seconds("update"):
+            evidence = None if rooms.teacher is None else _Timed(rooms.teacher.evidence(rollouts_N), ledger)
+            report = rooms.learner.update(rollouts_N, evidence)
+        with ledger.seconds("sync"):
+            rooms.sampler.load(rooms.learner.weights())
+        _bill(rooms, rollouts_N, ledger)
+        listener.on_step(report, rollouts_N, {**report.metrics, **rollout_metrics(rollouts_N)})
+        if listener.every and report.step % listener.every == 0 and report.step < steps:
+            listener.evaluate(report.step)
+
+
+def rollout_metrics(rollouts_N: Sequence[Rollout]) -> dict[str, float]:
+    """Facts about the answers: mean and largest length in tokens, share that was cut off at the limit."""
+    lengths = [len(r.response_ids) for r in rollouts_N]
+    return {
+        "rollouts": float(len(rollouts_N)),
+        "response_tokens": float(sum(lengths)),
+        "response_length": sum(lengths) / len(lengths),
+        "response_length_max": float(max(lengths)),
+        "truncated": sum(r.finish_reason == "length" for r in rollouts_N) / len(rollouts_N),
+    }
+
+
+def _bill(rooms: Rooms, rollouts_N: Sequence[Rollout], ledger: Ledger) -> None:
+    written = [r for r in rollouts_N if r.behaviour == "student"]
+    if written:
+        ledger.add_cost("student_prefill", prefill_cost(written, rooms.student_size))
+        ledger.add_cost("student_sampling", sampling_cost(written, rooms.student_size))
+    if rooms.teacher_size is not None:
+        ledger.add_cost("teacher_scoring", scoring_cost(rollouts_N, rooms.teacher_size))
+    ledger.add_cost("student_training", training_cost(rollouts_N, rooms.student_size))
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Evidence whose pulls are counted as the phase "scoring", although they happen inside the update."""
+
+    handle: EvidenceHandle
+    ledger: Ledger
+
+    def pull(self, batch: Batch, resolution: Resolution) -> dict[str, ScorerRows]:
+        with self.ledger.seconds("scoring"):
+            return self.handle.pull(batch, resolution)
+
+    def release(self) -> None:
+        self.handle.release()

@@ -1,0 +1,151 @@
+"""Any causal language model of transformers, seen as two parts: a body that makes hidden states, and a head.
+
+The split is what makes a large vocabulary affordable: bodies run over whole sequences, heads only over the tokens that
+somebody asks about, a chunk at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd.errors import ModelError
+from opd.objectives.head import head_logits
+from opd.types import Head
+
+
+class CausalLM:
+    """A loaded model. Its parameters are live: sampler, teacher and learner may share one instance.
+
+    module         the transformers model, in eval mode unless the learner is using it.
+    vocab_size     real tokens of the tokenizer; the embedding may have more rows (padding), which nobody reads.
+    compute_dtype  what matrix products run in; parameters may be wider (float32 master weights).
+    max_positions  longest sequence the model was made for, None where it states none.
+    """
+
+    def __init__(self, module: nn.Module, *, vocab_size: int, compute_dtype: torch.dtype, name: str) -> None:
+        self.module: Any = module
+        self.name = name
+        self.vocab_size = vocab_size
+        self.compute_dtype = compute_dtype
+        self._body = _body(self.module)
+        self._body_takes = set(inspect.signature(self._body.forward).parameters)
+        rows = self.module.get_output_embeddings().weight.shape[0]
+        if rows < vocab_size:
+            raise ModelError(
+                f"{name}: its tokenizer has {vocab_size} tokens but its output layer has only {rows} rows. "
+                "Use the tokenizer that belongs to this model (option `tokenizer`)."
+            )
+        self._scale = _logit_scale(self.module.config)
+        self._softcap = getattr(_text_config(self.module.config), "final_logit_softcapping", None)
+        self._check_split()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def config(self) -> Any:
+        return _text_config(self.module.config)
+
+    @property
+    def max_positions(self) -> int | None:
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def head(self) -> Head:
+        """The output layer over the live parameters."""
+        layer = self.module.get_output_embeddings()
+        return Head(
+            weight_VD=layer.weight,
+            vocab_size=self.vocab_size,
+            bias_V=getattr(layer, "bias", None),
+            scale=self._scale,
+            softcap=self._softcap,
+        )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Products in `compute_dtype`, whatever the parameters are stored in."""
+        parameter = next(self.module.parameters())
+        if parameter.dtype == self.compute_dtype:
+            return nullcontext()
+        return torch.autocast(parameter.device.type, dtype=self.compute_dtype)
+
+    def hidden(self, ids_NS: Tensor, attention_NS: Tensor, positions_NS: Tensor) -> Tensor:
+        """[N, S, D] states that the head turns into logits, in `compute_dtype`; no logits are made."""
+        given = {
+            "input_ids": ids_NS,
+            "attention_mask": attention_NS,
+            "position_ids": positions_NS,
+            "use_cache": False,
+        }
+        with self.autocast():
+            states_NSD = self._body(**{k: v for k, v in given.items() if k in self._body_takes}).last_hidden_state
+        return states_NSD.to(self.compute_dtype)
+
+    def fingerprint(self) -> str:
+        """Hash of names, shapes and up to 512 spread values of every tensor: tells two checkpoints apart in
+        milliseconds, though not two that differ only in values it did not look at."""
+        digest = hashlib.blake2b(digest_size=8)
+        for key, value in sorted(self.module.state_dict().items()):
+            if not isinstance(value, Tensor):
+                continue
+            flat = value.detach().reshape(-1)
+            picked = flat[:: max(1, flat.numel() // 512)][:512].to("cpu", torch.float32)
+            digest.update(f"{key}{tuple(value.shape)}".encode())
+            digest.update(picked.numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def _check_split(self) -> None:
+        """Body and head must give the model's own logits; some architectures scale or cap in ways we do not know."""
+        training = self.module.training
+        self.module.eval()
+        ids_NS = torch.arange(1, 5, device=self.device).remainder(self.vocab_size)[None]
+        ones_NS, positions_NS = torch.ones_like(ids_NS), torch.arange(4, device=self.device)[None]
+        hidden_TD = self.hidden(ids_NS, ones_NS, positions_NS)[0]
+        ours_TV = head_logits(hidden_TD, self.head)
+        with self.autocast():
+            theirs_TV = self.module(input_ids=ids_NS, attention_mask=ones_NS).logits[0, :, : self.vocab_size].float()
+        self.module.train(training)
+        if not torch.isfinite(theirs_TV).all():
+            return  # broken weights are reported where the model's role is known
+        tolerance = 1e-4 if self.compute_dtype == torch.float32 else 5e-2
+        worst = (ours_TV - theirs_TV).abs().max().item()
+        if worst > tolerance * max(1.0, theirs_TV.abs().max().item()):
+            raise ModelError(
+                f"{self.name}: {type(self.module).__name__} does something between its last hidden state and its logits "
+                f"that opd does not know (difference {worst:.2g}). Please report this architecture."
+            )
+
+
+def _body(module: Any) -> Any:
+    """The part of a causal LM that ends in the last hidden state."""
+    if hasattr(module, "get_decoder"):
+        body = module.get_decoder()
+        if body is not None and body is not module:
+            return body
+    return module.base_model
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _logit_scale(config: Any) -> float:
+    """Constant factor between the output layer and the logits, in the names that architectures give it."""
+    text = _text_config(config)
+    if getattr(text, "logits_scaling", None):  # Granite divides
+        return 1.0 / float(text.logits_scaling)
+    if getattr(text, "logit_scale", None):  # Cohere multiplies
+        return float(text.logit_scale)
+    return 1.0

@@ -1,0 +1,166 @@
+"""The README.md of a trained model: what it is, what made it, how good it is, how to load it.
+
+A card leaves the machine. Paths are therefore reduced to their last part, and every value from outside is escaped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opd.reports.figures import count, counted, duration, interval, percent
+from opd.reports.printable import printable
+
+LOAD = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "path/to/this/folder"
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
+DIVERGENCES = {
+    "reverse_kl": "reverse KL, KL(student || teacher)",
+    "forward_kl": "forward KL, KL(teacher || student)",
+    "jsd": "generalised Jensen-Shannon divergence between teacher and student",
+}
+REDUCTIONS = {
+    "token_mean": "averaged over all trained tokens of a step",
+    "sequence_mean": "averaged over the answers of a step, each by its own mean over tokens",
+}
+
+
+def model_card(summary: Mapping[str, Any], config: Mapping[str, Any], *, config_hash: str, version: str) -> str:
+    """Markdown with YAML front matter.
+
+    summary   as `opd.journal.records.summary_record` makes it
+    config    the resolved config as a plain dict
+    version   of opd
+    """
+    student, teacher, objective = config["student"], config.get("teacher"), config["objective"]
+    on_policy = objective.get("behaviour") != "dataset"
+    distilled = any(term.get("target") != "data" for term in objective["terms"])
+    tags = ["opd", *(["distillation"] if distilled else []), *(["on-policy-distillation"] if on_policy else [])]
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": printable(public_name(student["model"])),
+        "tags": tags,
+    }
+    made = "distilled on its own answers" if on_policy and distilled else "distilled" if distilled else "fine-tuned"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
+        f"# {escape(public_name(student['model']))}, {made}",
+        f"Made with opd {escape(version)}.",
+        "## Models",
+        "\n".join(_model("Student", student) + (_model("Teacher", teacher) if teacher else ["- Teacher: none"])),
+        "## Scores",
+        _scores(summary),
+        "## Training",
+        "\n".join(_training(summary, config, config_hash)),
+        "## Data",
+        "\n".join(f"- {_source(source)}" for source in config["prompts"]["sources"]),
+        "## Load it",
+        LOAD,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is; of a path only the last part."""
+    parts = [part for part in re.split(r"[/\\]+", name) if part not in ("", ".", "..", "~")]
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and name[0] not in "./~" and not Path(name).exists()
+    return name if is_hub_name or not parts else parts[-1]
+
+
+def escape(text: object) -> str:
+    """Foreign text inside a line of Markdown: no markup, no HTML, no line break."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", printable(text))
+
+
+def code(text: object) -> str:
+    """Foreign text as inline code; not for tables, where a bar would end the cell."""
+    shown = printable(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
+    pad = " " if shown.startswith("`") or shown.endswith("`") else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+def _model(role: str, model: Mapping[str, Any]) -> list[str]:
+    revision = f", revision {code(model['revision'])}" if model.get("revision") else ""
+    return [f"- {role}: {code(public_name(model['model']))}{revision}"]
+
+
+def _scores(summary: Mapping[str, Any]) -> str:
+    arms = (("student before", "student_before"), ("student after", "student_after"), ("teacher", "teacher"))
+    scored = [(name, summary[key]) for name, key in arms if summary[key] is not None]
+    if not scored:
+        return "No held-out task was taken."
+    lines = ["| | accuracy | interval |", "|---|---:|---:|"]
+    lines += [f"| {name} | {percent(score['mean'])} | {interval(score)} |" for name, score in scored]
+    taken = f"{counted(summary['n'], 'held-out problem')}, {counted(summary['k'], 'answer')} each"
+    lines += ["", f"{code(summary['task'])}: {taken}; intervals: {escape(summary['ci_method'])}."]
+    if summary["gap_closed"] is not None:
+        lines[-1] += f" Gap to the teacher closed: {100 * summary['gap_closed']:.0f} %."
+    return "\n".join(lines)
+
+
+def _training(summary: Mapping[str, Any], config: Mapping[str, Any], config_hash: str) -> list[str]:
+    objective, prompts, sampling, optim = (config[key] for key in ("objective", "prompts", "sampling", "optim"))
+    on_policy = objective.get("behaviour") != "dataset"
+    preset = f"{code(objective['preset'])}, " if objective.get("preset") else ""
+    answers = "the student's own answers" if on_policy else "the answers of the data"
+    lines = [f"- Objective: {preset}minimised on {answers}:", *(f"  - {_term(t)}" for t in objective["terms"])]
+    heat = [f"{who} {objective[key]}" for who in ("student", "teacher") if objective[key := f"{who}_temperature"] != 1]
+    if heat:
+        lines.append(f"- Temperature inside the objective: {', '.join(heat)}")
+    step = f"{prompts['per_step']} prompts a step"
+    if on_policy:
+        step += (
+            f", {sampling['samples_per_prompt']} answers each, at most {sampling['max_tokens']} tokens, "
+            f"sampled at temperature {sampling['temperature']}"
+        )
+    spent = f"{count(summary['tokens'])} trained tokens, {count(summary['flops'])} FLOPs"
+    return [
+        *lines,
+        f"- {summary['steps']} steps, {step}",
+        f"- AdamW, learning rate {optim['lr']}, {escape(optim['schedule'])} schedule, seed {config['run']['seed']}",
+        f"- {spent}, {duration(summary['seconds'])}; the run ended as {code(summary['status'])}",
+        f"- Config hash: {code(config_hash)}",
+    ]
+
+
+def _term(term: Mapping[str, Any]) -> str:
+    shape = term["shape"]
+    if term["target"] == "data":
+        what = "cross-entropy, minus the log-probability of every token of the answer"
+    else:
+        what = DIVERGENCES.get(shape["kind"]) or code(shape["kind"])
+        settings = [f"{escape(key)} {escape(value)}" for key, value in shape.items() if key != "kind"]
+        what += f" ({', '.join(settings)})" if settings else ""
+        if term["support"] == "full":
+            what += ", over the whole vocabulary at every token"
+        else:
+            under = "the sampler that wrote it" if term["advantage_under"] == "sampler" else "the student as it is"
+            what += f", estimated at the token that was drawn; its log-ratio is taken under {under}"
+            if term["importance"] == "ratio":
+                what += ", weighted by the student's probability over the sampler's"
+    share = "" if term["coefficient"] == 1 else f"{term['coefficient']} x "
+    return f"{share}{what}; {REDUCTIONS.get(term['reduction']) or code(term['reduction'])}"
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    kind = source["kind"]
+    if kind == "inline":
+        what = f"{counted(len(source['rows']), 'row')} given in the config"
+    elif kind in ("jsonl", "parquet"):
+        what = code(re.split(r"[/\\]+", source["path"])[-1])
+    else:
+        what = code(public_name(source["path"])) if "path" in source else code(source.get("task", kind))
+    facts = [escape(kind.replace("_", " "))]
+    facts += [f"{key} {code(source[key])}" for key in ("config", "split", "revision", "limit") if source.get(key)]
+    facts += [f"weight {source['weight']}"] if source.get("weight", 1) != 1 else []
+    return f"{what} ({', '.join(facts)})"

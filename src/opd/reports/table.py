@@ -1,0 +1,107 @@
+"""Tables at the end of a command: scores before and after, arms side by side, memory by part.
+
+On a terminal rich draws them; anywhere else they are plain aligned text. Both fit 80 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from opd.reports.figures import count, counted, duration, interval, percent, size
+from opd.reports.printable import printable
+from opd.reports.progress import is_live, say
+
+STRIP = 24  # characters of the picture of an interval
+
+
+def results(summary: Mapping[str, Any], console: Console | None = None) -> None:
+    """Before, after and teacher of a `summary.json`, with intervals and the gap that was closed."""
+    console = console or Console()
+    arms = [("student before", "student_before"), ("student after", "student_after"), ("teacher", "teacher")]
+    if all(summary[key] is None for _, key in arms):
+        say(console, "No held-out task was taken, so nothing says whether the student got better: add evals.tasks.")
+        return
+    measured = [summary[key] for _, key in arms if summary[key] is not None]
+    start = int(10 * min(score["low"] for score in measured)) / 10
+    end = -int(-10 * max(score["high"] for score in measured) // 1) / 10
+    rows = [(*_score(name, summary[key]), strip(summary[key], start, end)) for name, key in arms]
+    taken = f"{counted(summary['n'], 'problem')}, {counted(summary['k'], 'answer')} each"
+    notes = [f"{taken}; intervals: {summary['ci_method']}"]
+    if summary["gap_closed"] is not None:
+        notes.append(f"gap closed: {100 * summary['gap_closed']:.0f} % of the way from the student to its teacher")
+    elif summary["teacher"] is not None and summary["student_before"] is not None:
+        notes.append("gap closed: none to close, the teacher is not above the student's start")
+    title = str(summary["task"]) if summary["preset"] is None else f"{summary['task']}: {summary['preset']}"
+    _show(console, title, ("", "accuracy", "interval", f"{100 * start:.0f} % to {100 * end:.0f} %"), rows, notes)
+
+
+def comparison(rows: Sequence[Mapping[str, Any]], console: Console | None = None, title: str = "") -> None:
+    """Several arms. A row has `name`; `mean`, `low`, `high` (fractions), `tokens`, `seconds`; None: unknown."""
+    made = [
+        (
+            *_score(r["name"], r if r.get("mean") is not None else None),
+            count(r.get("tokens")),
+            duration(r.get("seconds")),
+        )
+        for r in rows
+    ]
+    _show(console or Console(), title, ("", "accuracy", "interval", "tokens", "time"), made, [])
+
+
+def memory(parts: Mapping[str, int], available: int | None, console: Console | None = None) -> None:
+    """Bytes by part, their sum, and whether it fits into `available` (None: not known)."""
+    need = sum(parts.values())
+    rows = [(name.replace("_", " "), size(part)) for name, part in parts.items() if part]
+    verdict = f"about {size(need)} needed"
+    if available is not None:
+        # What no estimate covers (libraries, gaps of the allocator) takes about a tenth.
+        word = "does not fit" if need > available else "fits" if need <= 0.9 * available else "may just fit"
+        verdict = f"{word}: {verdict}, {size(available)} available"
+    _show(console or Console(), "memory", ("", "bytes"), [*rows, ("sum", size(need))], [verdict])
+
+
+def _score(name: str, score: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    return (name, "-", "-") if score is None else (name, percent(score["mean"]), interval(score))
+
+
+def strip(score: Mapping[str, Any] | None, start: float = 0.0, end: float = 1.0) -> str:
+    """An interval on a line from `start` to `end`, in ASCII: `.............--o--......`; empty without a score."""
+    if score is None:
+        return ""
+    each = (end - start) / STRIP
+    low, mean, high = (min(int((score[key] - start) / each), STRIP - 1) for key in ("low", "mean", "high"))
+    line = ["."] * STRIP
+    line[low : high + 1] = "-" * (high + 1 - low)
+    line[mean] = "o"
+    return "".join(line)
+
+
+def _show(
+    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
+) -> None:
+    """First column left, the rest right. Every cell may be foreign text."""
+    rows = [[printable(cell, encoding=console.encoding) for cell in row] for row in rows]
+    if is_live(console):
+        if title:
+            say(console, title, "bold")
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+        for index, name in enumerate(header):
+            table.add_column(Text(name), justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    else:
+        if title:
+            say(console, title)
+        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+        for row in (header, *rows):
+            cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            say(console, "  ".join(cells).rstrip())
+    for note in notes:
+        say(console, note)

@@ -1,0 +1,65 @@
+"""The answers of one `generate` call while they are being written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opd.errors import ModelError
+from opd.rollouts import noise, sampling
+from opd.types import SamplingParams
+
+
+class Answers:
+    """Tokens and log-probabilities of N rollouts, whichever rows of whichever batch they are written in.
+
+    ids_NT        int64 [N, max_tokens]; the first length_N tokens of a row are its answer.
+    logprobs_NT   float32 [N, max_tokens].
+    stopped_N     bool [N]; True where the answer ended with a stop token.
+    """
+
+    def __init__(
+        self, rollout_ids: Sequence[str], params: SamplingParams, *, seed: int, progress: Callable[[int], None] | None
+    ) -> None:
+        N = len(rollout_ids)
+        self.rollout_ids = rollout_ids
+        self.params = params
+        self.ids_NT = np.zeros((N, params.max_tokens), dtype=np.int64)
+        self.logprobs_NT = np.zeros((N, params.max_tokens), dtype=np.float32)
+        self.length_N = np.zeros(N, dtype=np.int64)
+        self.stopped_N = np.zeros(N, dtype=np.bool_)
+        self._key_N = np.array([noise.key(seed, rollout_id) for rollout_id in rollout_ids], dtype=np.uint64)
+        self._progress = progress
+        self._finished = 0
+
+    def draw(self, logits_NV: Tensor, rollout_N: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
+        """Draws and records the next token of rollouts `rollout_N` from float32 [N, V] logits, one row each.
+
+        Returns the int64 [N] tokens on the device of the logits and, on the host, bool [N]: True for rollouts that go
+        on. ModelError when logits are not finite.
+        """
+        position_N = self.length_N[rollout_N]
+        uniform_N = torch.from_numpy(noise.uniforms(self._key_N[rollout_N], position_N)).to(logits_NV.device)
+        token_N, logprob_N = sampling.draw(logits_NV, uniform_N, self.params)
+        written_N, written_logprob_N = token_N.cpu().numpy(), logprob_N.cpu().numpy()
+        if not np.isfinite(written_logprob_N).all():
+            n = int(rollout_N[int(np.argmin(np.isfinite(written_logprob_N)))])
+            raise ModelError(
+                f"the student's logits are not finite at position {self.length_N[n]} of rollout {self.rollout_ids[n]}. "
+                "Its weights are broken, or its compute dtype overflows: try dtype: float32."
+            )
+        self.ids_NT[rollout_N, position_N] = written_N
+        self.logprobs_NT[rollout_N, position_N] = written_logprob_N
+        self.length_N[rollout_N] += 1
+        stopped_N = np.isin(written_N, self.params.stop_ids)
+        self.stopped_N[rollout_N] = stopped_N
+        goes_on_N = ~stopped_N & (position_N + 1 < self.params.max_tokens)
+        if not goes_on_N.all():
+            self._finished += int((~goes_on_N).sum())
+            if self._progress is not None:
+                self._progress(self._finished)
+        return token_N, goes_on_N

@@ -1,0 +1,179 @@
+"""What the lean decoder knows about architectures, and the weights as it wants them.
+
+All of them are one block with options: a norm before or after each half, norms on queries and keys, a window, a rope
+per layer type, biases. Everything is read off the transformers module itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opd.models.causal import CausalLM
+from opd.types import Head
+
+STATIC_ROPES = {"default", "linear", "llama3", "yarn"}  # frequencies that do not depend on the sequence
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm; `shape` is what the mean of squares runs over."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = torch.nn.functional.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return wide.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Linear:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block. Norms that an architecture does not have are None."""
+
+    before_attention: Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    after_mlp: Norm | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    qkv: Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
+    activation: Callable[[Tensor], Tensor]
+    scale: float
+    window: int | None
+    rope: str | None
+
+
+@dataclass(frozen=True)
+class LeanWeights:
+    """`embed` and `rotary` are the module's own; projections are in the compute dtype, norms in float32."""
+
+    embed: Callable[[Tensor], Tensor]
+    rotary: Callable[..., tuple[Tensor, Tensor]]
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    head: Head
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+_SANDWICH = {
+    "before_attention": "input_layernorm",
+    "after_attention": "post_attention_layernorm",
+    "before_mlp": "pre_feedforward_layernorm",
+    "after_mlp": "post_feedforward_layernorm",
+}
+_BEFORE = {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"}
+_AFTER = {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"}
+_NORMS = {
+    "LlamaForCausalLM": _BEFORE,
+    "MistralForCausalLM": _BEFORE,
+    "Qwen2ForCausalLM": _BEFORE,
+    "Qwen3ForCausalLM": _BEFORE,
+    "Olmo2ForCausalLM": _AFTER,
+    "Gemma3ForCausalLM": _SANDWICH,
+}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+
+def unsupported(model: CausalLM) -> str | None:
+    """Why the lean decoder cannot run this model; None when it can."""
+    module, config = model.module, model.config
+    name = type(module).__name__
+    if name not in _NORMS or not type(module).__module__.startswith("transformers.models."):
+        return f"the architecture {name} is not one of {', '.join(sorted(_NORMS))}"
+    ropes = config.rope_parameters
+    ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if rope is not None]
+    for rope in ropes:
+        if rope["rope_type"] not in STATIC_ROPES:
+            return f"rope type {rope['rope_type']} is not one of {', '.join(sorted(STATIC_ROPES))}"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it caps attention scores (attn_logit_softcapping)"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is bidirectional"
+    for index, layer in enumerate(module.model.layers):
+        for part, names in zip((layer.self_attn, layer.mlp), _PROJECTIONS, strict=True):
+            for projection in names:
+                linear = getattr(part, projection)
+                if type(linear) is not nn.Linear:
+                    kind = f"{type(linear).__module__}.{type(linear).__name__}"
+                    return f"{projection} of layer {index} is a {kind} (quantised, or with an adapter)"
+    devices = {parameter.device for parameter in module.parameters()}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        return f"its weights are on several devices or offloaded: {', '.join(sorted(map(str, devices)))}"
+    return None
+
+
+def gather(model: CausalLM) -> LeanWeights:
+    """The module's current weights. Query, key and value are fused, and gate and up; the rest is referenced where it is
+    in the compute dtype already."""
+    body, config, dtype = model.module.model, model.config, model.compute_dtype
+    attention = body.layers[0].self_attn
+    norms = _NORMS[type(model.module).__name__]
+    layers = []
+    for layer in body.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        kind = getattr(attn, "layer_type", None)
+        layers.append(
+            Layer(
+                **{name: _norm(getattr(layer, norms[name])) if name in norms else None for name in _SANDWICH},
+                query_norm=_norm(attn.q_norm) if hasattr(attn, "q_norm") else None,
+                key_norm=_norm(attn.k_norm) if hasattr(attn, "k_norm") else None,
+                qkv=_fused(dtype, attn.q_proj, attn.k_proj, attn.v_proj),
+                out=_fused(dtype, attn.o_proj),
+                gate_up=_fused(dtype, mlp.gate_proj, mlp.up_proj),
+                down=_fused(dtype, mlp.down_proj),
+                activation=mlp.act_fn,
+                scale=attn.scaling,
+                window=attn.sliding_window
+                if hasattr(attn, "sliding_window")
+                else getattr(config, "sliding_window", None),
+                rope=kind if "rope_type" not in config.rope_parameters else None,
+            )
+        )
+    head = model.head
+    return LeanWeights(
+        embed=body.embed_tokens,
+        rotary=body.rotary_emb,
+        layers=tuple(layers),
+        final_norm=_norm(body.norm),
+        head=replace(head, weight_VD=head.weight_VD.detach().to(dtype)),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        dtype=dtype,
+    )
+
+
+def _norm(norm: Any) -> Norm:
+    weight = norm.weight.detach().float()
+    if type(norm).__name__ == "Gemma3RMSNorm":  # stored as the distance from one
+        return Norm(1.0 + weight, norm.eps)
+    return Norm(weight, norm.variance_epsilon)
+
+
+def _fused(dtype: torch.dtype, *linears: nn.Linear) -> Linear:
+    """One projection that gives the outputs of several, side by side."""
+    weights = [linear.weight.detach().to(dtype) for linear in linears]
+    biases = [linear.bias.detach().to(dtype) for linear in linears if linear.bias is not None]
+    if len(linears) == 1:
+        return Linear(weights[0], biases[0] if biases else None)
+    return Linear(torch.cat(weights), torch.cat(biases) if biases else None)

@@ -1,0 +1,101 @@
+"""From logits and one uniform number to a token and its log-probability."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opd.types import SamplingParams
+
+_BLOCK = 512  # tokens that one float32 sum may span; sums of blocks are added in float64
+_CANDIDATES = 256  # largest probabilities looked at first when only the top of the vocabulary matters
+
+
+def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """One token per row by inverting the cumulative distribution at `uniform_N`.
+
+    The distribution is softmax(logits / temperature), cut to `top_k`, renormalised, cut to `top_p`, renormalised.
+    Both cuts keep an exact number of tokens: `top_k`, and the smallest set whose mass reaches `top_p` (never less than
+    one). Where tokens of equal probability straddle the border, those with the lower ids stay.
+
+    logits_NV   float32 [N, V].
+    uniform_N   float64 [N], strictly between 0 and 1, on the same device.
+    Returns int64 [N] tokens, never one of probability zero, and float32 [N] log-probabilities under the distribution
+    they were drawn from: NaN for a row with NaN or +inf logits. Temperature 0 is the arg max with log-probability 0.
+    """
+    if params.temperature == 0:
+        top_N, token_N = logits_NV.max(-1)
+        return token_N, top_N * 0.0  # 0, or NaN where the logits are not finite
+    tempered_NV = logits_NV if params.temperature == 1 else logits_NV / params.temperature
+    mass_NV = torch.softmax(tempered_NV, dim=-1)
+    if 0 < params.top_k < mass_NV.shape[-1]:
+        mass_NV = _keep_top_k(mass_NV, params.top_k)
+    if params.top_p < 1:
+        mass_NV = _keep_top_p(mass_NV, params.top_p)
+    return _invert(mass_NV, uniform_N)
+
+
+def _invert(mass_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws from unnormalised masses in two steps, a block of tokens and then a token of the block.
+
+    A cumulative sum over a large vocabulary in float32 loses the tail; this reads the vocabulary once, in float32, and
+    adds in float64.
+    """
+    V = mass_NV.shape[1]
+    blocks = V // _BLOCK
+    sums = mass_NV[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK)).sum(-1) if blocks else mass_NV[:, :0]
+    rest = mass_NV[:, blocks * _BLOCK :].sum(-1, keepdim=True)
+    ends_NB = torch.cat([sums, rest], dim=1).double().cumsum(1)
+    total_N1 = ends_NB[:, -1:]
+    block_N1, left_N1 = _first_above(ends_NB, uniform_N[:, None] * total_N1)
+
+    token_NB = block_N1 * _BLOCK + torch.arange(min(_BLOCK, V), device=mass_NV.device)
+    inside_NB = mass_NV.gather(1, token_NB.clamp(max=V - 1)).double() * (token_NB < V)
+    place_N1, _ = _first_above(inside_NB.cumsum(1), left_N1)
+    chosen_N1 = inside_NB.gather(1, place_N1)
+    token_N = token_NB.gather(1, place_N1)[:, 0].clamp(max=V - 1)
+    return token_N, (chosen_N1 / total_N1).log()[:, 0].float()
+
+
+def _first_above(ends_NB: Tensor, point_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """First interval that ends above the point, and how far into it the point lies.
+
+    An interval of mass zero ends where it began, so it is never the first. Rounding may put the point on the last end
+    itself; it is moved just below.
+    """
+    point_N1 = torch.minimum(point_N1, ends_NB[:, -1:] * (1 - 1e-15))
+    index_N1 = (ends_NB <= point_N1).sum(1, keepdim=True).clamp(max=ends_NB.shape[1] - 1)
+    before_N1 = F.pad(ends_NB, (1, 0)).gather(1, index_N1)
+    return index_N1, point_N1 - before_N1
+
+
+def _keep_top_k(mass_NV: Tensor, k: int) -> Tensor:
+    border_N1 = mass_NV.topk(k, dim=-1).values[:, -1:]
+    return _keep_largest(mass_NV, border_N1, torch.full_like(border_N1, k, dtype=torch.int64))
+
+
+def _keep_top_p(mass_NV: Tensor, top_p: float) -> Tensor:
+    """Sorts no more of the vocabulary than the nucleus needs: 256 tokens, then 16 times as many, ..."""
+    V = mass_NV.shape[-1]
+    goal_N1 = top_p * mass_NV.sum(-1, keepdim=True, dtype=torch.float64)
+    looked_at = min(_CANDIDATES, V)
+    while True:
+        largest_NK = mass_NV.topk(looked_at, dim=-1).values
+        reached_NK = largest_NK.double().cumsum(-1)
+        if looked_at == V or bool((reached_NK[:, -1:] >= goal_N1).all()):
+            break
+        looked_at = min(16 * looked_at, V)
+    count_N1 = ((reached_NK < goal_N1).sum(-1, keepdim=True) + 1).clamp(max=looked_at)
+    return _keep_largest(mass_NV, largest_NK.gather(1, count_N1 - 1), count_N1)
+
+
+def _keep_largest(mass_NV: Tensor, border_N1: Tensor, count_N1: Tensor) -> Tensor:
+    """Zeroes all but the `count` largest masses; `border` is the smallest that stays, lower ids first among equals."""
+    stays_NV = mass_NV >= border_N1
+    if bool((stays_NV.sum(-1, keepdim=True) > count_N1).any()):
+        above_NV = mass_NV > border_N1
+        room_N1 = count_N1 - above_NV.sum(-1, keepdim=True)
+        equal_NV = mass_NV == border_N1
+        stays_NV = above_NV | (equal_NV & (equal_NV.cumsum(-1) <= room_N1))
+    return mass_NV * stays_NV

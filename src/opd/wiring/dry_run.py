@@ -1,0 +1,140 @@
+"""What a run would do, without loading weights: models, texts, data, objective, memory."""
+
+from __future__ import annotations
+
+import torch
+
+from opd.config.objective import Term
+from opd.config.schema import Config, Model
+from opd.costs.memory import available_memory, training_memory
+from opd.costs.size import ModelSize
+from opd.journal.folder import check as check_folder
+from opd.models.loading import pick_device, pick_dtype, read_config
+from opd.prompts.mixture import PromptStream
+from opd.reports.printable import printable
+from opd.text.agreement import rendered_difference
+from opd.wiring.build import Texts, check_context, config_size, load_prompts, load_tasks, load_texts
+
+SHAPES = {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)", "jsd": "JSD"}
+
+
+def dry_run(config: Config) -> str:
+    """Text for a person. Raises what the run itself would raise before its models are loaded."""
+    texts = load_texts(config)
+    prompts = load_prompts(config, texts.student)
+    tasks = load_tasks(config.evals)
+    try:
+        check_context(config, texts, prompts, tasks)
+    finally:
+        for task in tasks:
+            task.grader.close()
+    check_folder(config.run.folder, overwrite=config.run.overwrite, config=config.model_dump(mode="json"))
+    sections = [
+        ("Models", _models(config)),
+        ("Text", _texts(texts)),
+        ("Prompts", _prompts(config, prompts)),
+        ("Objective", [_term(term) for term in config.objective.terms]),
+        ("Evals", [f"{t.spec.name}: {len(t.rows)} problems x {t.spec.samples}" for t in tasks] or ["none"]),
+        ("Memory on the student's device", _memory(config, prompts)),
+        ("The first prompt", _first_prompt(texts, prompts)),
+    ]
+    return "\n".join(
+        line for title, lines in sections for line in (title, *(f"  {printable(text)}" for text in lines), "")
+    )
+
+
+def _models(config: Config) -> list[str]:
+    lines = []
+    for role, spec in (("student", config.student), ("teacher", config.teacher)):
+        if spec is None:
+            continue
+        device = pick_device(spec.device)
+        size = config_size(spec, role)
+        architecture = (read_config(spec, role).architectures or ["?"])[0]
+        compute = str(pick_dtype(spec.dtype, device)).removeprefix("torch.")
+        stored = "float32 weights" if role == "student" else f"{compute} weights"
+        lines.append(
+            f"{role}  {spec.model}  {architecture}, about {size.parameters / 1e6:,.1f}M parameters, "
+            f"{stored}, {compute} compute, on {device}"
+        )
+    return lines
+
+
+def _texts(texts: Texts) -> list[str]:
+    lines = [f"student: {texts.student.summary()}"]
+    if texts.teacher is not None and texts.agreement is not None:
+        lines += [f"teacher: {texts.teacher.summary()}", *texts.agreement.summary()]
+    return lines
+
+
+def _prompts(config: Config, prompts: PromptStream) -> list[str]:
+    lines = [f"{len(prompts)} usable, the longest has {prompts.longest} tokens"]
+    lines += [
+        f"{count} of {name!r} dropped: longer than prompts.max_prompt_tokens = {config.prompts.max_prompt_tokens}"
+        for name, count in prompts.dropped.items()
+        if count
+    ]
+    answers = config.prompts.per_step * config.sampling.samples_per_prompt
+    lines.append(
+        f"a step: {config.prompts.per_step} prompts x {config.sampling.samples_per_prompt} answers = {answers}, "
+        f"at most {answers * config.sampling.max_tokens:,} tokens; {config.run.steps} steps"
+    )
+    return lines
+
+
+def _term(term: Term) -> str:
+    if term.target == "data":
+        return f"{term.name}: {term.coefficient:g} x cross-entropy on the data's own answers, {term.reduction}"
+    where = "the whole vocabulary" if term.support == "full" else "the drawn token"
+    weights = "" if term.importance == "none" else ", weighted by student / sampler"
+    return (
+        f"{term.name}: {term.coefficient:g} x {SHAPES[term.shape.kind]} on {where}{weights}, "
+        f"log-ratio under the {term.advantage_under}, {term.reduction}"
+        if term.support == "sampled"
+        else f"{term.name}: {term.coefficient:g} x {SHAPES[term.shape.kind]} on {where}, {term.reduction}"
+    )
+
+
+def _memory(config: Config, prompts: PromptStream) -> list[str]:
+    student, device = config.student, pick_device(config.student.device)
+    teacher = config.teacher
+    together = teacher is not None and pick_device(teacher.device) == device
+    teacher_size: ModelSize | None = config_size(teacher, "teacher") if teacher is not None and together else None
+    parts = training_memory(
+        config_size(student, "student"),
+        teacher_size,
+        student_dtype=_dtype(student),
+        teacher_dtype=_dtype(teacher) if teacher is not None else "float32",
+        tokens_per_micro_batch=config.learner.tokens_per_micro_batch,
+        chunk_tokens=config.learner.chunk_tokens,
+        slots=config.engine.slots,
+        max_len=prompts.longest + config.sampling.max_tokens,
+        gradient_checkpointing=student.gradient_checkpointing,
+    )
+    lines = [f"{name:<28} {value / 2**30:8.2f} GiB" for name, value in parts.items()]
+    need = sum(parts.values())
+    lines.append(f"{'together, at most about':<28} {need / 2**30:8.2f} GiB")
+    if device.type == "cuda":
+        free: int | None = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = available_memory("mps" if device.type == "mps" else "cpu")
+    if free is None:
+        lines.append("this system does not say how much is free")
+    else:
+        verdict = "it fits" if need <= free else (
+            "IT DOES NOT FIT: lower learner.tokens_per_micro_batch, engine.slots or sampling.max_tokens, "
+            "set student.gradient_checkpointing=true, or offload the teacher"
+        )
+        lines.append(f"{'free now':<28} {free / 2**30:8.2f} GiB: {verdict}")
+    return lines
+
+
+def _dtype(spec: Model) -> str:
+    return str(pick_dtype(spec.dtype, pick_device(spec.device))).removeprefix("torch.")
+
+
+def _first_prompt(texts: Texts, prompts: PromptStream) -> list[str]:
+    row = prompts.batch(0)[0].row
+    if texts.teacher is None:
+        return texts.student.show(row).splitlines()
+    return rendered_difference(texts.student, texts.teacher, row).splitlines()

@@ -1,0 +1,343 @@
+"""A whole run: checks, models, evaluation before, the loop, evaluation after, the trained student on disk."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import opd
+from opd.config.loading import config_hash, load_config, resolved
+from opd.config.schema import Config
+from opd.costs.ledger import Ledger
+from opd.errors import Interrupted, OpdError
+from opd.evals.tasks import EvalResult, run_task
+from opd.journal.folder import RunFolder
+from opd.journal.records import summary_record
+from opd.learner.learner import LocalLearner
+from opd.loop.synchronous import Listener, Rooms, train
+from opd.models.causal import CausalLM
+from opd.models.loading import load_student, load_teacher, saved_dtype
+from opd.models.saving import save_model
+from opd.objectives.objective import Objective
+from opd.protocols import Sampler
+from opd.reports.model_card import model_card
+from opd.reports.progress import RunView
+from opd.rollouts.dataset import DatasetAnswers
+from opd.rollouts.engine import EmbeddedEngine
+from opd.teachers.local import LocalTeacher
+from opd.types import Rollout, StepReport
+from opd.wiring.build import (
+    PreparedTask,
+    Texts,
+    check_context,
+    config_size,
+    load_prompts,
+    load_tasks,
+    load_texts,
+    sampling_params,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    folder    everything about it (metrics, rollouts, config, summary).
+    student   folder of the trained model, for `AutoModelForCausalLM.from_pretrained`.
+    summary   what `summary.json` says.
+    """
+
+    folder: Path
+    student: Path
+    summary: Mapping[str, Any]
+
+
+def distill(
+    student: str | Mapping[str, Any] | None = None,
+    teacher: str | Mapping[str, Any] | None = None,
+    prompts: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    *,
+    config: str | Path | Sequence[str | Path] = (),
+    quiet: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Distils `teacher` into `student` on the student's own answers to `prompts`.
+
+    student, teacher   a folder or hub name, or a mapping as in the config.
+    prompts            a JSONL or Parquet file, a list of rows (strings, or mappings with a prompt column), or a mapping
+                       as in the config.
+    config             config files to start from.
+    overrides          sections of the config as mappings, e.g. `optim={"lr": 1e-5}, run={"steps": 50}`.
+    Raises ConfigError, DataError or ModelError before anything expensive when the input cannot work.
+    """
+    given: dict[str, Any] = dict(overrides)
+    for key, value in (("student", student), ("teacher", teacher)):
+        if value is not None:
+            given[key] = {"model": value} if isinstance(value, str) else dict(value)
+    if prompts is not None:
+        given["prompts"] = _prompts(prompts)
+    files = [config] if isinstance(config, str | Path) else list(config)
+    return execute(load_config(files, (), base=given).config, view=RunView(quiet=quiet))
+
+
+def execute(config: Config, *, view: RunView) -> Run:
+    """Runs a checked config from start to end."""
+    ledger = Ledger()
+    torch.manual_seed(config.run.seed)
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    with ledger.seconds("prepare"), view.waiting("reading data and tokenizers"):
+        texts = load_texts(config)
+        prompts = load_prompts(config, texts.student)
+        tasks = load_tasks(config.evals)
+    try:
+        check_context(config, texts, prompts, tasks)
+        folder = RunFolder.create(
+            config.run.folder,
+            overwrite=config.run.overwrite,
+            config=resolved(config),
+            config_hash=config_hash(config),
+            environment=environment(config),
+            needed_bytes=4 * config_size(config.student, "student").parameters,
+        )
+        with folder:
+            return _Session(config, texts, prompts, tasks, folder, view, ledger).run()
+    finally:
+        for task in tasks:
+            task.grader.close()
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """What numbers depend on besides the config."""
+    return {
+        "opd": opd.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "seed": config.run.seed,
+    }
+
+
+class _Session:
+    """The state of one run between its first and last line."""
+
+    def __init__(
+        self,
+        config: Config,
+        texts: Texts,
+        prompts: Any,
+        tasks: list[PreparedTask],
+        folder: RunFolder,
+        view: RunView,
+        ledger: Ledger,
+    ) -> None:
+        self.config, self.texts, self.prompts, self.tasks = config, texts, prompts, tasks
+        self.folder, self.view, self.ledger = folder, view, ledger
+        self.before: dict[str, EvalResult] = {}
+        self.after: dict[str, EvalResult] = {}
+        self.teacher_results: dict[str, EvalResult] = {}
+        self.trained_tokens = 0
+        with ledger.seconds("load"), view.waiting("loading models"):
+            self._load()
+
+    def _load(self) -> None:
+        config, texts = self.config, self.texts
+        vocab_size = texts.student.tokenizer.vocab_size if texts.agreement is None else texts.agreement.vocab_size
+        self.student = load_student(config.student, vocab_size)
+        self.engine = self._engine(self.student)
+        self.teacher: LocalTeacher | None = None
+        if config.teacher is not None and texts.teacher is not None and texts.agreement is not None:
+            self.teacher = LocalTeacher(
+                load_teacher(config.teacher, vocab_size),
+                texts.teacher,
+                texts.agreement,
+                name="teacher",
+                temperature=config.objective.teacher_temperature,
+                chunk_tokens=config.learner.chunk_tokens,
+                offload=config.teacher.offload,
+            )
+            self.teacher.check(self.prompts.batch(0)[:4])
+        self.objective = Objective(config.objective)
+        self.learner = LocalLearner(
+            self.student,
+            self.objective,
+            optim=config.optim,
+            spec=config.learner,
+            total_steps=config.run.steps,
+            on_bad_step=lambda step, facts: self._bad_step(step, facts),
+        )
+
+    def run(self) -> Run:
+        config, steps = self.config, self.config.run.steps
+        status, error = "done", None
+        self.view.start(steps, self._headline())
+        try:
+            with _terminable():
+                self.before = self._evaluate(0)
+                self._evaluate_teacher()
+                train(self._rooms(), steps=steps, ledger=self.ledger, listener=self._listener())
+                self.after = self._evaluate(steps)
+        except KeyboardInterrupt:
+            status = "interrupted"
+            error = Interrupted(
+                f"stopped after {self.learner.step} of {steps} steps; the student so far is in {self.folder.final}"
+            )
+        except OpdError as caught:
+            status, error = "failed", caught
+        if status == "done" or self.learner.step:
+            with self.ledger.seconds("save"):
+                self._save(status)
+        summary = self._summary(status)
+        self.folder.write_summary(summary)
+        self.view.finish(summary)
+        if error is not None:
+            raise error
+        return Run(self.folder.path, self.folder.final, summary)
+
+    def _engine(self, model: CausalLM) -> EmbeddedEngine:
+        engine = self.config.engine
+        return EmbeddedEngine(model, seed=self.config.run.seed, slots=engine.slots, path=engine.path)
+
+    def _rooms(self) -> Rooms:
+        config, texts = self.config, self.texts
+        from_data = config.objective.behaviour == "dataset"
+        sampler: Sampler = DatasetAnswers() if from_data else self.engine
+        reads_teacher = self.objective.resolution is not None
+        return Rooms(
+            prompts=self.prompts,
+            sampler=sampler,
+            teacher=self.teacher if reads_teacher else None,
+            learner=self.learner,
+            params=sampling_params(config.sampling, texts.student, samples=1 if from_data else None),
+            student_size=config_size(config.student, "student", self.student.parameter_count),
+            teacher_size=(
+                config_size(config.teacher, "teacher", self.teacher.model.parameter_count)
+                if reads_teacher and self.teacher is not None and config.teacher is not None
+                else None
+            ),
+        )
+
+    def _listener(self) -> Listener:
+        return Listener(
+            on_step=self._on_step,
+            on_phase=lambda name: self.view.phase(name),
+            evaluate=lambda step: self._evaluate(step),
+            every=self.config.evals.every,
+        )
+
+    def _on_step(self, report: StepReport, rollouts_N: Sequence[Rollout], numbers: dict[str, float]) -> None:
+        numbers = {**numbers, "applied": float(report.applied), **self.ledger.metrics()}
+        self.trained_tokens += int(numbers["trained_tokens"])
+        self.folder.log_step(report.step, self.learner.weights().version, numbers)
+        with self.ledger.seconds("journal"):
+            self.folder.write_rollouts(report.step, rollouts_N, self.texts.student.show_ids)
+        if report.step % self.config.run.log_every == 0 or report.step == self.config.run.steps:
+            self.view.step({"step": report.step, **numbers})
+
+    def _bad_step(self, step: int, facts: dict[str, Any]) -> None:
+        path = self.folder.dump(step, "not-finite", facts)
+        self.view.message(f"step {step}: loss or gradient not finite, skipped; see {path.name}")
+
+    def _evaluate(self, step: int) -> dict[str, EvalResult]:
+        """The student on every task. The noise is the same at every step, so that differences are the student's."""
+        self.engine.load(self.learner.weights())
+        return self._take(self.engine, self.texts.student, who="student", step=step)
+
+    def _evaluate_teacher(self) -> None:
+        if self.teacher is None or self.texts.teacher is None or not self.config.evals.teacher or not self.tasks:
+            return
+        self.teacher_results = self._take(self._engine(self.teacher.model), self.texts.teacher, who="teacher", step=0)
+
+    def _take(self, sampler: EmbeddedEngine, fmt: Any, *, who: str, step: int) -> dict[str, EvalResult]:
+        results: dict[str, EvalResult] = {}
+        for task in self.tasks:
+            bound = task.bind(fmt, self.config.sampling)
+            self.view.phase(f"{who} takes {task.spec.name}")
+            with self.ledger.seconds("eval"):
+                result = run_task(
+                    bound,
+                    sampler,
+                    fmt.decode,
+                    tag=f"eval/{task.spec.name}",
+                    confidence=self.config.evals.confidence,
+                )
+            results[task.spec.name] = result
+            self.folder.log_eval({"step": step, "who": who, **result.record()})
+            self.view.eval(who, step, result.record())
+        return results
+
+    def _save(self, status: str) -> None:
+        save_model(
+            self.student,
+            self.texts.student.tokenizer.transformers,
+            self.folder.final,
+            dtype=saved_dtype(self.config.student),
+            end_ids=self.texts.student.end_ids,
+        )
+        card = model_card(self._summary(status), resolved(self.config), config_hash=config_hash(self.config))
+        (self.folder.final / "README.md").write_text(card, encoding="utf-8")
+
+    def _summary(self, status: Any) -> dict[str, Any]:
+        first = self.tasks[0].spec.name if self.tasks else None
+        before, after, teacher = (
+            r.get(first) if first else None for r in (self.before, self.after, self.teacher_results)
+        )
+        return summary_record(
+            status=status,
+            preset=self.config.objective.preset,
+            task=first,
+            n=None if before is None else before.estimate.n,
+            k=None if before is None else before.estimate.k,
+            ci_method=None if before is None else before.estimate.ci_method,
+            student_before=None if before is None else before.interval(),
+            student_after=None if after is None else after.interval(),
+            teacher=None if teacher is None else teacher.interval(),
+            seconds=self.ledger.elapsed,
+            seconds_by_phase=self.ledger.seconds_by_phase,
+            tokens=self.trained_tokens,
+            flops=self.ledger.total().flops,
+            steps=self.learner.step,
+        )
+
+    def _headline(self) -> list[str]:
+        config = self.config
+        teacher = "no teacher" if config.teacher is None else config.teacher.model
+        terms = " + ".join(t.name for t in config.objective.terms)
+        return [
+            f"student {config.student.model}",
+            f"teacher {teacher}",
+            f"objective {config.objective.preset or terms}",
+            f"{len(self.prompts)} prompts, {config.prompts.per_step} a step x {config.sampling.samples_per_prompt} answers",
+            f"folder {self.folder.path}",
+        ]
+
+
+def _prompts(given: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, str):
+        return {"sources": [{"kind": "parquet" if given.endswith(".parquet") else "jsonl", "path": given}]}
+    return {"sources": [{"kind": "inline", "name": "prompts", "rows": list(given)}]}
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is treated as Ctrl-C while the run is going on (only the main thread may say so)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd.costs.memory import _host_memory, activation_bytes_per_token, available_memory, training_memory
+from opd.costs.size import ModelSize, model_size
+from tests import tiny
+
+SIZE = ModelSize(
+    parameters=1000,
+    active_parameters=900,
+    layers=4,
+    attention_layers=3,
+    hidden=16,
+    vocab=50,
+    attention_width=16,
+    kv_width=8,
+    mlp_width=64,
+)
+SETTINGS = dict(
+    student_dtype="bfloat16",
+    teacher_dtype="bfloat16",
+    tokens_per_micro_batch=128,
+    chunk_tokens=32,
+    slots=5,
+    max_len=20,
+    gradient_checkpointing=False,
+)
+
+
+def test_exact_parts():
+    parts = training_memory(SIZE, SIZE, **SETTINGS)
+    assert parts["student_master_weights"] == parts["student_gradients"] == 4000
+    assert parts["adam_moments"] == 8000
+    assert parts["student_compute_copy"] == 2000
+    assert parts["teacher_weights"] == 2000
+    assert parts["kv_cache"] == 5 * 20 * 3 * 8 * 2
+    assert parts["logits_chunk"] == 4 * 32 * 50 * 4
+    assert all(isinstance(size, int) for size in parts.values())
+
+
+def test_float32_needs_no_second_copy_and_four_bits_half_a_byte():
+    parts = training_memory(SIZE, SIZE, **{**SETTINGS, "student_dtype": "float32", "teacher_dtype": "int4"})
+    assert parts["student_compute_copy"] == 0 and parts["teacher_weights"] == 500
+    assert "teacher_weights" not in training_memory(SIZE, None, **SETTINGS)
+
+
+def saved_bytes_per_token(model, tokens: int, width: int = 2) -> float:
+    """What autograd keeps for the backward pass, parameters aside."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.base_model(torch.randint(4, 290, (width, tokens)), use_cache=False)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) / (width * tokens)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "mistral", "gemma3", "olmo2"])
+@pytest.mark.parametrize("width", [4, 2])
+def test_activation_estimate_against_what_autograd_keeps(kind, width):
+    model = tiny.model(kind, hidden_size=128, intermediate_size=384, head_dim=32)
+    size = model_size(model.config.to_dict())
+    kept = saved_bytes_per_token(model.to(torch.float32 if width == 4 else torch.bfloat16), 64)
+    ours = activation_bytes_per_token(size, width, gradient_checkpointing=False)
+    assert 0.8 < ours / kept < 1.3
+
+
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
+    deep = ModelSize(**{**vars(SIZE), "layers": 40})
+    whole = activation_bytes_per_token(deep, 2.0, gradient_checkpointing=False)
+    little = activation_bytes_per_token(deep, 2.0, gradient_checkpointing=True)
+    assert little < whole / 10
+    model = tiny.model("llama", num_hidden_layers=8, hidden_size=128, intermediate_size=384, head_dim=32)
+    model.train()
+    for layer in model.base_model.layers:
+        layer.gradient_checkpointing = True
+    model.base_model.layers[0]._gradient_checkpointing_func = None
+    size = model_size(model.config.to_dict())
+    one_layer = activation_bytes_per_token(ModelSize(**{**vars(size), "layers": 1}), 4.0, gradient_checkpointing=False)
+    assert activation_bytes_per_token(size, 4.0, gradient_checkpointing=True) == one_layer + 8 * size.hidden * 4
+
+
+# ---- what there is ----------------------------------------------------------------------------------------------
+
+
+def put(root: Path, name: str, text: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_available_memory_of_this_machine():
+    free = available_memory("cpu")
+    assert free is not None and 10**7 < free < 10**14
+
+
+def test_the_smaller_of_the_machine_and_the_container(tmp_path):
+    put(tmp_path, "proc/meminfo", "MemTotal:  64 kB\nMemAvailable:   48 kB\n")
+    assert _host_memory(tmp_path) == 48 * 1024
+    put(tmp_path, "sys/fs/cgroup/memory.max", "max\n")
+    put(tmp_path, "sys/fs/cgroup/memory.current", "7\n")
+    assert _host_memory(tmp_path) == 48 * 1024
+    put(tmp_path, "sys/fs/cgroup/memory.max", "20000\n")
+    put(tmp_path, "sys/fs/cgroup/memory.current", "15000\n")
+    assert _host_memory(tmp_path) == 5000
+    put(tmp_path, "sys/fs/cgroup/memory.stat", "anon 9000\ninactive_file 4000\n")
+    assert _host_memory(tmp_path) == 9000
+
+
+def test_older_control_groups_and_systems_without_proc(tmp_path):
+    fallback = _host_memory(tmp_path)
+    assert fallback is None or fallback > 10**7
+    put(tmp_path, "sys/fs/cgroup/memory/memory.limit_in_bytes", "9000\n")
+    put(tmp_path, "sys/fs/cgroup/memory/memory.usage_in_bytes", "8000\n")
+    put(tmp_path, "sys/fs/cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 500\n")
+    assert _host_memory(tmp_path) == 1500

@@ -1,0 +1,170 @@
+"""Four properties on the real path: sampler, teacher, learner and objective together, on several architectures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from tests import rooms, tiny
+
+OBJECTIVES = {
+    "reverse_kl": {"preset": "reverse_kl"},
+    "forward_kl": {"preset": "forward_kl"},
+    "jsd": {"preset": "jsd"},
+    "tml": {"preset": "tml"},
+    "sequence_mean": {"behaviour": "student", "terms": [{"name": "r", "reduction": "sequence_mean"}]},
+}
+
+
+def gradient_of(student, objective, rollouts_N, teacher, **options) -> torch.Tensor:
+    learner = rooms.learner(student, objective, **options)
+    learner.gradients(rollouts_N, teacher.evidence(rollouts_N))
+    return rooms.gradient(student)
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gpt2", "qwen3_next"])
+def parts(request):
+    fmt = rooms.prompt_format()
+    student = rooms.causal(request.param, seed=0)
+    teacher = rooms.teacher(rooms.causal(request.param, seed=1), fmt)
+    made = rooms.rollouts(student, fmt)
+    assert len({len(r.response_ids) for r in made}) > 2, "ragged answers are the point"
+    return student, teacher, made, fmt
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_O_19_swapping_the_teacher_changes_the_gradient(parts, name: str) -> None:
+    student, teacher, made, fmt = parts
+    other = rooms.teacher(rooms.causal("llama", seed=7), fmt)
+    ours = gradient_of(student, OBJECTIVES[name], made, teacher)
+    theirs = gradient_of(student, OBJECTIVES[name], made, other)
+    assert rooms.distance(ours, theirs) > 0.1
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_student_equals_teacher_gives_a_gradient_at_rounding_level(parts, name: str) -> None:
+    student, teacher, made, fmt = parts
+    itself = rooms.teacher(student, fmt)
+    zero = gradient_of(student, OBJECTIVES[name], made, itself).norm()
+    ordinary = gradient_of(student, OBJECTIVES[name], made, teacher).norm()
+    assert zero < 1e-5 * ordinary
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_M_05_M_08_accumulation_order_and_padding_side_change_nothing(parts, name: str) -> None:
+    """1, 2, 4 and as many micro-batches as rollouts; any order; either side (also M-1, M-7, M-11)."""
+    student, teacher, made, _ = parts
+    objective = OBJECTIVES[name]
+    whole = gradient_of(student, objective, made, teacher)
+    longest = max(len(r.prompt.ids) + len(r.response_ids) for r in made)
+    counts = set()
+    for budget in (len(made) * longest // 2, len(made) * longest // 4, longest):
+        learner = rooms.learner(student, objective, tokens_per_micro_batch=budget)
+        learner.gradients(made, teacher.evidence(made))
+        counts.add(budget)
+        assert rooms.distance(whole, rooms.gradient(student)) < 1e-5
+    assert len(counts) == 3
+    shuffled = [made[i] for i in np.random.default_rng(0).permutation(len(made))]
+    assert rooms.distance(whole, gradient_of(student, objective, shuffled, teacher)) < 1e-5
+    left = gradient_of(student, objective, made, teacher, padding_side="left")
+    assert rooms.distance(whole, left) < 1e-5
+
+
+def test_M_06_gradient_ignores_answers_that_came_with_the_data(parts) -> None:
+    """Editing the data's own, untrained answers must not reach loss or gradient."""
+    student, teacher, made, _ = parts
+    edited = [
+        dataclasses.replace(r, prompt=dataclasses.replace(r.prompt, completion_ids=np.arange(40, dtype=np.int64)))
+        for r in made
+    ]
+    ours, theirs = (gradient_of(student, None, m, teacher) for m in (made, edited))
+    assert torch.equal(ours, theirs)
+
+
+def test_M_12_duplicating_the_batch_changes_nothing(parts) -> None:
+    student, teacher, made, _ = parts
+    twice = made + [dataclasses.replace(r, id=r.id + "/again") for r in made]
+    assert rooms.distance(gradient_of(student, None, made, teacher), gradient_of(student, None, twice, teacher)) < 1e-5
+
+
+def test_M_03_masked_tokens_are_not_trained_whatever_they_hold(parts) -> None:
+    """A tool's tokens stand in the answer with mask False: they condition what follows and get no gradient."""
+    student, teacher, made, _ = parts
+    masked = []
+    for rollout in made:
+        mask = rollout.mask.copy()
+        mask[1::2] = False
+        masked.append(dataclasses.replace(rollout, mask=mask))
+    poisoned = [
+        dataclasses.replace(r, behaviour_logprobs=np.where(r.mask, r.behaviour_logprobs, np.nan).astype(np.float32))
+        for r in masked
+    ]
+    for name in ("reverse_kl", "tml"):
+        clean = gradient_of(student, OBJECTIVES[name], masked, teacher)
+        assert torch.equal(clean, gradient_of(student, OBJECTIVES[name], poisoned, teacher))
+        assert rooms.distance(clean, gradient_of(student, OBJECTIVES[name], made, teacher)) > 0.05
+
+
+def test_X_01_a_teacher_that_fails_on_some_answers_leaves_the_others_as_they_are() -> None:
+    """Evidence that is not finite leaves the loss and its denominator: the same as if those tokens were masked."""
+    fmt = rooms.prompt_format()
+    student, good = rooms.causal(seed=0), rooms.causal(seed=1)
+    made = rooms.rollouts(student, fmt)
+    lost = {r.id for r in made[2:4]}
+
+    class Failing:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def pull(self, batch, resolution):
+            rows = self.inner.pull(batch, resolution)["teacher"]
+            bad_T = torch.tensor([batch.rollouts[n].id in lost for n in batch.row_T.tolist()])
+            rows.valid_T[bad_T] = False
+            (rows.hidden_TD if resolution == "full" else rows.logprobs_T)[bad_T] = float("nan")
+            return {"teacher": rows}
+
+        def release(self):
+            self.inner.release()
+
+    for name in ("reverse_kl", "tml", "sequence_mean"):
+        teacher = rooms.teacher(good, fmt)
+        kept = [r for r in made if r.id not in lost]
+        expected = gradient_of(student, OBJECTIVES[name], kept, teacher)
+        learner = rooms.learner(student, OBJECTIVES[name])
+        metrics = learner.gradients(made, Failing(teacher.evidence(made)))
+        assert rooms.distance(expected, rooms.gradient(student)) < 1e-5
+        assert metrics["invalid_scores"] == sum(len(r.response_ids) for r in made if r.id in lost)
+        assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["reverse_kl"])
+
+
+def test_A_04_a_one_token_answer_is_trained_on_the_state_of_the_last_prompt_token() -> None:
+    fmt = rooms.prompt_format()
+    student, other = rooms.causal(seed=0), rooms.causal(seed=1)
+    prompt = rooms.prompts(fmt)[1]
+    made = [rooms.answer(prompt, [5], [-1.0])]
+    learner = rooms.learner(student)
+    metrics = learner.gradients(made, rooms.teacher(other, fmt).evidence(made))
+    with torch.no_grad():
+        logp, logq = (
+            torch.log_softmax(m.module(torch.from_numpy(prompt.ids)[None]).logits[0, -1, : m.vocab_size].double(), -1)
+            for m in (student, other)
+        )
+    assert metrics["loss"] == pytest.approx((logp.exp() * (logp - logq)).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_some_steps_bring_the_student_to_the_teacher(kind: str) -> None:
+    fmt = rooms.prompt_format()
+    student = rooms.causal(kind, seed=0, scale=1.0)
+    teacher = rooms.teacher(rooms.causal(kind, seed=1, scale=10.0), fmt)
+    learner = rooms.learner(student, optim={"lr": 1e-2})
+    seen = []
+    for _ in range(16):
+        made = rooms.rollouts(student, fmt)
+        report = learner.update(made, teacher.evidence(made))
+        assert report.applied
+        seen.append(report.metrics["reverse_kl"])
+    assert np.mean(seen[-3:]) < 0.85 * np.mean(seen[:3])
