@@ -6,37 +6,39 @@ from opd.costs.size import model_size
 from opd.errors import ModelError
 from tests import tiny
 
-QWEN3_8B = dict(
-    hidden_size=4096,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=12288,
-    vocab_size=151936,
-    tie_word_embeddings=False,
-)
-QWEN3_30B_A3B = dict(
-    hidden_size=2048,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    intermediate_size=6144,
-    moe_intermediate_size=768,
-    num_experts=128,
-    num_experts_per_tok=8,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
-    vocab_size=151936,
-    tie_word_embeddings=False,
-)
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+QWEN3_30B_A3B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
 
 
 def test_published_sizes_from_the_config_alone():
     dense = model_size(QWEN3_8B)
     assert dense.parameters == pytest.approx(8.19e9, rel=2e-3)
-    assert dense.active_parameters == dense.parameters - 151936 * 4096, "an untied embedding is looked up, not multiplied"
+    assert dense.active_parameters == dense.parameters - 151936 * 4096, (
+        "an untied embedding is looked up, not multiplied"
+    )
     sparse = model_size(QWEN3_30B_A3B)
     assert sparse.parameters == pytest.approx(30.5e9, rel=2e-3)
     assert sparse.active_parameters == pytest.approx(3.3e9 - 151936 * 2048, rel=0.02)

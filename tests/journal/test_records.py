@@ -13,30 +13,32 @@ from hypothesis import strategies as st
 from opd.journal.records import gap_closed, line, plain, rollout_row, summary_record, to_json
 from tests.journal.parts import rollouts
 
-SUMMARY_KEYS = (
-    "schema_version status preset task n k ci_method student_before student_after teacher gap_closed "
-    "seconds seconds_by_phase tokens flops steps"
-).split()
+# fmt: off
+SUMMARY_KEYS = [
+    "schema_version", "status", "preset", "task", "n", "k", "ci_method", "student_before", "student_after", "teacher",
+    "gap_closed", "seconds", "seconds_by_phase", "tokens", "flops", "steps",
+]
+# fmt: on
 scores = st.floats(0, 1)
 
 
 def make_summary(**changes):
-    given = dict(
-        status="done",
-        preset="reverse_kl",
-        task="sort",
-        n=500,
-        k=1,
-        ci_method="wilson 95%",
-        student_before={"mean": 0.742, "low": 0.702, "high": 0.779},
-        student_after={"mean": 0.95, "low": 0.93, "high": 0.966},
-        teacher={"mean": 0.99, "low": 0.977, "high": 0.996},
-        seconds=112,
-        seconds_by_phase={"sampling": 60.0},
-        tokens=3_123_456,
-        flops=1.2e15,
-        steps=300,
-    )
+    given = {
+        "status": "done",
+        "preset": "reverse_kl",
+        "task": "sort",
+        "n": 500,
+        "k": 1,
+        "ci_method": "wilson 95%",
+        "student_before": {"mean": 0.742, "low": 0.702, "high": 0.779},
+        "student_after": {"mean": 0.95, "low": 0.93, "high": 0.966},
+        "teacher": {"mean": 0.99, "low": 0.977, "high": 0.996},
+        "seconds": 112,
+        "seconds_by_phase": {"sampling": 60.0},
+        "tokens": 3_123_456,
+        "flops": 1.2e15,
+        "steps": 300,
+    }
     return summary_record(**{**given, **changes})
 
 

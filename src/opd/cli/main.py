@@ -60,10 +60,9 @@ def train(*items: Items, dry_run: bool = False) -> None:
 
         print(show(config))
         return
-    from opd.reports.progress import RunView
     from opd.wiring.run import execute
 
-    execute(config, view=RunView())
+    execute(config)
 
 
 @app.command(name="eval")

@@ -90,7 +90,7 @@ def given(config: Config) -> dict[str, Any]:
         preset = expand(objective.preset, objective.parameters)
         for name in ("behaviour", "terms"):
             if getattr(objective, name) == getattr(preset, name):
-                data["objective"].pop(name, None)
+                data.get("objective", {}).pop(name, None)
     return data
 
 
@@ -187,11 +187,11 @@ class _Draft:
 
 
 def _empty_sections_filled(value: Any, option: Option | None) -> Any:
-    """A section whose lines are all commented out is null to YAML; it means the section with its defaults."""
+    """A section or list whose lines are all commented out is null to YAML; it means one without entries."""
     if option is None:
         return value
-    if value is None and option.sections and type(None) not in option.alternatives:
-        return {}
+    if value is None and (option.sections or option.is_list) and type(None) not in option.alternatives:
+        return [] if option.is_list else {}
     if isinstance(value, dict):
         return {key: _empty_sections_filled(item, option.child(key, value)) for key, item in value.items()}
     if isinstance(value, list):

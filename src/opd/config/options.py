@@ -155,7 +155,8 @@ def nearest(path: KeyPath, data: Any) -> list[str]:
     parent = tuple(parents)
     known = sorted(every_path(data), key=len)
     siblings = {str(p[-1]): p for p in known if p[:-1] == parent}
-    found = [siblings[name] for name in difflib.get_close_matches(str(key), siblings, n=1, cutoff=0.6)]
+    close = nearest_word(key, list(siblings)) or [name for name in siblings if name.startswith(str(key))][:1]
+    found = [siblings[name] for name in close]
     same = [p for p in known if p[-1] == key]
     found += [p for p in same if len(p) == len(same[0])]
     if not found:

@@ -60,7 +60,7 @@ def activation_bytes_per_token(size: ModelSize, width: float, *, gradient_checkp
     A layer keeps about 8 hidden + 4 attention + 4 MLP widths: inputs, float32 copies and outputs of the norms, the
     residual; queries, keys, values and the attention's output; gate, its activation, up and their product. With
     checkpointing only each layer's input stays, plus one layer that is being recomputed. Held against what autograd
-    saves (tests): Llama, Qwen3, Mistral, OLMo-2, Gemma 3 within 0.8 to 1.3 of it. Attention that keeps its scores
+    saves (tests): Llama, Qwen3, Mistral, OLMo-2, Gemma 3 within 0.75 to 1.35 of it. Attention that keeps its scores
     (`eager`, dropout) needs more for long sequences, recurrent layers up to 1.6 times as much.
     """
     if gradient_checkpointing:

@@ -170,7 +170,7 @@ def _landlock(folder: str, readable: Iterable[str]) -> None:
     for path, access in grants:
         try:
             opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError:  # not on this machine, or not for us
             continue
         if not os.path.isdir(path):
             access &= _READ | _WRITE | _TRUNCATE

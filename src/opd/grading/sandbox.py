@@ -198,4 +198,4 @@ def _package_folders(kind: str) -> list[str]:
     spec = find_spec(module) if module else None
     if spec and spec.origin:
         folders.append(str(Path(spec.origin).parent.parent))
-    return [folder for folder in dict.fromkeys(folders) if Path(folder).is_dir()]
+    return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from opd.reports.figures import count, duration, interval, number, percent
@@ -42,11 +43,12 @@ class RunView:
         self._total = self._first = self._done = 0
         self._began = self._last_line = time.monotonic()
         self._figures = self._score = ""
+        cell = Column(no_wrap=True, overflow="crop")  # rich's ellipsis is not in every encoding
         self._bars = Progress(
-            TextColumn("{task.description:<10}", markup=False, style="bold"),
+            TextColumn("{task.description:<10}", markup=False, style="bold", table_column=cell.copy()),
             BarColumn(bar_width=32),
-            TextColumn("{task.fields[amount]:>9}", markup=False),
-            TextColumn("{task.fields[left]:>12}", markup=False, style="dim"),
+            TextColumn("{task.fields[amount]:>9}", markup=False, table_column=cell.copy()),
+            TextColumn("{task.fields[left]:>12}", markup=False, style="dim", table_column=cell.copy()),
             console=self.console,
         )
         self._steps_bar: TaskID | None = None
@@ -74,7 +76,7 @@ class RunView:
             if self._phase_bar is None or name != self._phase:
                 if self._phase_bar is not None:
                     self._bars.remove_task(self._phase_bar)  # a known total cannot be taken back
-                shown = printable(name, encoding=self.console.encoding)
+                shown = printable(name, encoding=self.console.encoding)[:20]
                 self._phase_bar, self._phase = self._bars.add_task(shown, total=total, amount="", left=""), name
             self._bars.update(self._phase_bar, total=total, completed=done or 0, amount=amount)
         elif time.monotonic() - self._last_line > HEARTBEAT:
@@ -139,5 +141,5 @@ class RunView:
         return each * (self._total - self._done)
 
     def _picture(self) -> Group:
-        status = Text("   ".join(x for x in (self._figures, self._score) if x), overflow="ellipsis", no_wrap=True)
+        status = Text("   ".join(x for x in (self._figures, self._score) if x), overflow="crop", no_wrap=True)
         return Group(self._bars, status) if status.plain else Group(self._bars)

@@ -5,6 +5,7 @@ On a terminal rich draws them; anywhere else they are plain aligned text. Both f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,9 @@ def results(summary: Mapping[str, Any], console: Console | None = None) -> None:
         say(console, "No held-out task was taken, so nothing says whether the student got better: add evals.tasks.")
         return
     measured = [summary[key] for _, key in arms if summary[key] is not None]
-    start = int(10 * min(score["low"] for score in measured)) / 10
-    end = -int(-10 * max(score["high"] for score in measured) // 1) / 10
+    # The picture runs over the tenths that hold all intervals, at least one.
+    start = min(math.floor(10 * min(score["low"] for score in measured)), 9) / 10
+    end = max(math.ceil(10 * max(score["high"] for score in measured)) / 10, start + 0.1)
     rows = [(*_score(name, summary[key]), strip(summary[key], start, end)) for name, key in arms]
     taken = f"{counted(summary['n'], 'problem')}, {counted(summary['k'], 'answer')} each"
     notes = [f"{taken}; intervals: {summary['ci_method']}"]

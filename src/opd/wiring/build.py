@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from opd.config.schema import Config, Evals, Model, Sampling, Source, Task
+from opd.config.schema import Config, Evals, Model, Sampling, Task
 from opd.costs.size import ModelSize, model_size
-from opd.errors import BadInput
+from opd.errors import BadInput, ModelError
 from opd.evals.tasks import EvalTask
 from opd.grading.graders import check_rows, make_grader
 from opd.models.loading import generation_end_ids, read_config
 from opd.prompts.mixture import PromptStream
-from opd.prompts.sources import read_source, source_name
+from opd.prompts.sources import read_source
 from opd.protocols import Grader
 from opd.text.agreement import Agreement, compare
 from opd.text.formats import Format, PromptFormat
@@ -47,13 +47,16 @@ def load_texts(config: Config) -> Texts:
 
 def sampling_params(spec: Sampling, fmt: PromptFormat, *, samples: int | None = None) -> SamplingParams:
     """The sampler's parameters, with the ids that end an answer."""
-    extra = tuple(fmt.token_id(token) for token in spec.stop_tokens)
+    stops = {token: fmt.tokenizer.id(token) for token in spec.stop_tokens}
+    for token, number in stops.items():
+        if number is None:
+            raise ModelError(f"sampling.stop_tokens: {token!r} is not one token of {fmt.tokenizer.source}")
     return SamplingParams(
         max_tokens=spec.max_tokens,
         temperature=spec.temperature,
         top_p=spec.top_p,
         top_k=spec.top_k,
-        stop_ids=tuple(dict.fromkeys((*fmt.end_ids, *extra))),
+        stop_ids=tuple(dict.fromkeys((*fmt.end_ids, *(n for n in stops.values() if n is not None)))),
         samples_per_prompt=spec.samples_per_prompt if samples is None else samples,
     )
 
@@ -90,7 +93,12 @@ class PreparedTask:
     def bind(self, fmt: PromptFormat, sampling: Sampling) -> EvalTask:
         """The task as one model takes it, in its own format."""
         params = sampling_params(self.spec.sampling or sampling, fmt, samples=self.spec.samples)
-        return EvalTask(self.spec.name, [render(row, fmt) for row in self.rows], self.grader, params)
+        return EvalTask(
+            name=self.spec.name,
+            prompts_P=tuple(render(row, fmt) for row in self.rows),
+            grader=self.grader,
+            params=params,
+        )
 
 
 def load_tasks(evals: Evals) -> list[PreparedTask]:
@@ -110,7 +118,7 @@ def check_context(config: Config, texts: Texts, prompts: PromptStream, tasks: Se
     longest = prompts.longest
     checks.append(("student", config.student, longest + config.sampling.max_tokens, "sampling.max_tokens"))
     if texts.teacher is not None and config.teacher is not None:
-        teacher_longest = max(len(texts.teacher.prompt_ids(row)) for row in prompts.longest_rows)
+        teacher_longest = max(len(texts.teacher.prompt_ids(row)) for row in prompts.rows())
         total = teacher_longest + config.sampling.max_tokens
         checks.append(("teacher", config.teacher, total, "sampling.max_tokens"))
     for task in tasks:
@@ -129,9 +137,4 @@ def check_context(config: Config, texts: Texts, prompts: PromptStream, tasks: Se
 def config_size(spec: Model, role: str, parameters: int | None = None) -> ModelSize:
     """The counts of a model from its config alone, or with its exact number of parameters."""
     return model_size(read_config(spec, role).to_dict(), parameters)
-
-
-def source_names(sources: Sequence[Source]) -> list[str]:
-    """How reports call the sources."""
-    return [source_name(source) for source in sources]
 

@@ -13,6 +13,7 @@ from opd.models.loading import pick_device, pick_dtype, read_config
 from opd.prompts.mixture import PromptStream
 from opd.reports.printable import printable
 from opd.text.agreement import rendered_difference
+from opd.text.formats import PromptFormat
 from opd.wiring.build import Texts, check_context, config_size, load_prompts, load_tasks, load_texts
 
 SHAPES = {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)", "jsd": "JSD"}
@@ -61,10 +62,19 @@ def _models(config: Config) -> list[str]:
 
 
 def _texts(texts: Texts) -> list[str]:
-    lines = [f"student: {texts.student.summary()}"]
+    lines = [f"student: {_format(texts.student)}"]
     if texts.teacher is not None and texts.agreement is not None:
-        lines += [f"teacher: {texts.teacher.summary()}", *texts.agreement.summary()]
+        lines.append(f"teacher: {_format(texts.teacher)}")
+        for ours, theirs in texts.agreement.end_map:
+            tokens = texts.student.tokenizer.tokens
+            lines.append(f"the teacher reads the student's end {tokens[ours]!r} as its own {tokens[theirs]!r}")
+        lines += texts.agreement.notes
     return lines
+
+
+def _format(fmt: PromptFormat) -> str:
+    ends = ", ".join(repr(fmt.tokenizer.tokens[n]) for n in fmt.end_ids)
+    return f"{fmt.kind} format, {fmt.tokenizer.vocab_size} tokens, ends with {ends}"
 
 
 def _prompts(config: Config, prompts: PromptStream) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 
 import opd
 from opd.config.loading import config_hash, load_config, resolved
@@ -20,7 +22,7 @@ from opd.costs.ledger import Ledger
 from opd.errors import Interrupted, OpdError
 from opd.evals.tasks import EvalResult, run_task
 from opd.journal.folder import RunFolder
-from opd.journal.records import summary_record
+from opd.journal.records import Interval, Status, summary_record
 from opd.learner.learner import LocalLearner
 from opd.loop.synchronous import Listener, Rooms, train
 from opd.models.causal import CausalLM
@@ -30,6 +32,7 @@ from opd.objectives.objective import Objective
 from opd.protocols import Sampler
 from opd.reports.model_card import model_card
 from opd.reports.progress import RunView
+from opd.reports.table import results
 from opd.rollouts.dataset import DatasetAnswers
 from opd.rollouts.engine import EmbeddedEngine
 from opd.teachers.local import LocalTeacher
@@ -85,16 +88,17 @@ def distill(
     if prompts is not None:
         given["prompts"] = _prompts(prompts)
     files = [config] if isinstance(config, str | Path) else list(config)
-    return execute(load_config(files, (), base=given).config, view=RunView(quiet=quiet))
+    return execute(load_config(files, (), base=given).config, console=Console(quiet=quiet))
 
 
-def execute(config: Config, *, view: RunView) -> Run:
-    """Runs a checked config from start to end."""
+def execute(config: Config, *, console: Console | None = None) -> Run:
+    """Runs a checked config from start to end, showing it on `console`."""
     ledger = Ledger()
+    view = RunView(log_every=config.run.log_every, console=console)
     torch.manual_seed(config.run.seed)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    with ledger.seconds("prepare"), view.waiting("reading data and tokenizers"):
+    with ledger.seconds("prepare"):
         texts = load_texts(config)
         prompts = load_prompts(config, texts.student)
         tasks = load_tasks(config.evals)
@@ -108,7 +112,7 @@ def execute(config: Config, *, view: RunView) -> Run:
             environment=environment(config),
             needed_bytes=4 * config_size(config.student, "student").parameters,
         )
-        with folder:
+        with folder, view:
             return _Session(config, texts, prompts, tasks, folder, view, ledger).run()
     finally:
         for task in tasks:
@@ -147,7 +151,7 @@ class _Session:
         self.after: dict[str, EvalResult] = {}
         self.teacher_results: dict[str, EvalResult] = {}
         self.trained_tokens = 0
-        with ledger.seconds("load"), view.waiting("loading models"):
+        with ledger.seconds("load"):
             self._load()
 
     def _load(self) -> None:
@@ -179,7 +183,8 @@ class _Session:
 
     def run(self) -> Run:
         config, steps = self.config, self.config.run.steps
-        status, error = "done", None
+        status: Status = "done"
+        error: OpdError | None = None
         self.view.start(steps, self._headline())
         try:
             with _terminable():
@@ -199,7 +204,8 @@ class _Session:
                 self._save(status)
         summary = self._summary(status)
         self.folder.write_summary(summary)
-        self.view.finish(summary)
+        self.view.finish()
+        results(summary, self.view.console)
         if error is not None:
             raise error
         return Run(self.folder.path, self.folder.final, summary)
@@ -236,13 +242,14 @@ class _Session:
         )
 
     def _on_step(self, report: StepReport, rollouts_N: Sequence[Rollout], numbers: dict[str, float]) -> None:
-        numbers = {**numbers, "applied": float(report.applied), **self.ledger.metrics()}
+        spent = self.ledger.seconds_by_phase
+        busy = sum(spent.get(phase, 0.0) for phase in ("rollout", "scoring", "update", "sync"))
         self.trained_tokens += int(numbers["trained_tokens"])
-        self.folder.log_step(report.step, self.learner.weights().version, numbers)
+        numbers = {**numbers, **self.ledger.metrics(), "tokens_per_second": self.trained_tokens / max(busy, 1e-9)}
+        self.folder.log_step(report.step, self.learner.weights().version, {**numbers, "applied": report.applied})
         with self.ledger.seconds("journal"):
-            self.folder.write_rollouts(report.step, rollouts_N, self.texts.student.show_ids)
-        if report.step % self.config.run.log_every == 0 or report.step == self.config.run.steps:
-            self.view.step({"step": report.step, **numbers})
+            self.folder.write_rollouts(report.step, rollouts_N, self.texts.student.tokenizer.show)
+        self.view.step({"step": report.step, "applied": report.applied, **numbers})
 
     def _bad_step(self, step: int, facts: dict[str, Any]) -> None:
         path = self.folder.dump(step, "not-finite", facts)
@@ -272,22 +279,29 @@ class _Session:
                     confidence=self.config.evals.confidence,
                 )
             results[task.spec.name] = result
-            self.folder.log_eval({"step": step, "who": who, **result.record()})
-            self.view.eval(who, step, result.record())
+            record = {"step": step, "model": who, **eval_record(result)}
+            self.folder.log_eval({**record, "answers": result.answers})
+            if record["mean"] is not None:
+                self.view.eval(record)
         return results
 
-    def _save(self, status: str) -> None:
+    def _save(self, status: Status) -> None:
         save_model(
             self.student,
-            self.texts.student.tokenizer.transformers,
+            self.texts.student.tokenizer.hf,
             self.folder.final,
             dtype=saved_dtype(self.config.student),
             end_ids=self.texts.student.end_ids,
         )
-        card = model_card(self._summary(status), resolved(self.config), config_hash=config_hash(self.config))
+        card = model_card(
+            self._summary(status),
+            resolved(self.config),
+            config_hash=config_hash(self.config),
+            version=opd.__version__,
+        )
         (self.folder.final / "README.md").write_text(card, encoding="utf-8")
 
-    def _summary(self, status: Any) -> dict[str, Any]:
+    def _summary(self, status: Status) -> dict[str, Any]:
         first = self.tasks[0].spec.name if self.tasks else None
         before, after, teacher = (
             r.get(first) if first else None for r in (self.before, self.after, self.teacher_results)
@@ -299,9 +313,9 @@ class _Session:
             n=None if before is None else before.estimate.n,
             k=None if before is None else before.estimate.k,
             ci_method=None if before is None else before.estimate.ci_method,
-            student_before=None if before is None else before.interval(),
-            student_after=None if after is None else after.interval(),
-            teacher=None if teacher is None else teacher.interval(),
+            student_before=_interval(before),
+            student_after=_interval(after),
+            teacher=_interval(teacher),
             seconds=self.ledger.elapsed,
             seconds_by_phase=self.ledger.seconds_by_phase,
             tokens=self.trained_tokens,
@@ -320,6 +334,20 @@ class _Session:
             f"{len(self.prompts)} prompts, {config.prompts.per_step} a step x {config.sampling.samples_per_prompt} answers",
             f"folder {self.folder.path}",
         ]
+
+
+def eval_record(result: EvalResult) -> dict[str, Any]:
+    """One line about an evaluation: the estimate as plain numbers, lengths, the share that was cut off."""
+    estimate = dataclasses.asdict(result.estimate)
+    return {"task": result.task, **estimate, "length": result.mean_length, "truncated": result.truncated_share}
+
+
+def _interval(result: EvalResult | None) -> Interval | None:
+    if result is None or result.estimate.mean is None:
+        return None
+    low, high = result.estimate.low, result.estimate.high
+    assert low is not None and high is not None
+    return {"mean": result.estimate.mean, "low": low, "high": high}
 
 
 def _prompts(given: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, Any]:

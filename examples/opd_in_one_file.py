@@ -1,0 +1,308 @@
+"""On-policy distillation from scratch, in one file.
+
+    python examples/opd_in_one_file.py                                   # makes its own two small models; a CPU, under a minute
+    python examples/opd_in_one_file.py --student A --teacher B --prompts prompts.jsonl --max-tokens 256 --lr 1e-5
+
+The whole method is one sentence: the student writes, the teacher scores every token of what was written, the student
+moves towards the teacher on those very tokens, and then it writes again. Read from top to bottom.
+
+Left out, so that nothing stands between you and the method:
+- Batches and padding. Answers to one prompt are written together (equal prompts need no padding); every sequence is scored alone. Slow,
+  and there is no attention mask, padding side or position offset to get wrong.
+- Temperature and top-p. The student is sampled from its own distribution, so that distribution is the one that is trained.
+- Different tokenizers or chat formats for the two models. Both read the same ids, so both must have one vocabulary.
+- Logits in chunks. A sequence's full [tokens, vocabulary] matrix is built for both models: simple, and too much memory for long answers.
+- Discounted returns, baselines, clipping of the importance ratio. On fresh samples the ratio is 1.
+- Evaluation, checkpoints and resuming, more than one device, bfloat16.
+
+Needs torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
+
+# One answer: the ids of the prompt, the ids of the answer, and the log-probability each answer token had when it was drawn.
+Sequence3 = tuple[Sequence[int], Sequence[int], Sequence[float]]
+OBJECTIVES = ("reverse_kl", "forward_kl", "jsd", "tml")
+
+
+# ---- 1. the student writes --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    max_tokens: int,
+    end_ids: set[int],
+    generator: torch.Generator,
+) -> list[Sequence3]:
+    """One answer to each prompt, drawn token by token. The prompts must have equal lengths.
+
+    The end token belongs to the answer: stopping is a choice of the student, and it is trained like every other one.
+    """
+    read = torch.tensor(prompt_ids, device=model.device)
+    answers: list[list[int]] = [[] for _ in prompt_ids]
+    logprobs: list[list[float]] = [[] for _ in prompt_ids]
+    ended = [False] * len(prompt_ids)
+    cache = None
+    for _ in range(max_tokens):
+        out = model(input_ids=read, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        log_mu_NV = out.logits[:, -1].float().log_softmax(-1)
+        token_N = torch.multinomial(log_mu_NV.exp().cpu(), 1, generator=generator).to(model.device)
+        chosen = log_mu_NV.gather(-1, token_N)
+        for n, (token, logprob) in enumerate(zip(token_N[:, 0].tolist(), chosen[:, 0].tolist(), strict=True)):
+            if not ended[n]:
+                answers[n].append(token)
+                logprobs[n].append(logprob)
+                ended[n] = token in end_ids
+        if all(ended):
+            break
+        read = token_N
+    return [(list(p), a, lp) for p, a, lp in zip(prompt_ids, answers, logprobs, strict=True)]
+
+
+# ---- 2. the teacher reads, 3. the student is compared -----------------------------------------------------------
+
+
+def response_logprobs(model: PreTrainedModel, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Tensor:
+    """[T, V]: the model's log-probabilities of every token of the vocabulary at the T positions of the response.
+
+    The logits at position i predict token i + 1: those for the response start one position before it.
+    """
+    ids = torch.tensor([[*prompt_ids, *response_ids]], device=model.device)
+    logits_TV = model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+    return logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32)).log_softmax(-1)
+
+
+def kl(log_a_TV: Tensor, log_b_TV: Tensor) -> Tensor:
+    """[T]: KL(a || b), exactly, summed over the vocabulary."""
+    return (log_a_TV.exp() * (log_a_TV - log_b_TV)).sum(-1)
+
+
+def token_losses(
+    log_pi_TV: Tensor, log_q_TV: Tensor, response_T: Tensor, log_mu_T: Tensor, objective: str, beta: float
+) -> Tensor:
+    """[T]: the loss of every response token; pi is the student (with gradient), q the teacher, mu the sampler."""
+    if objective == "reverse_kl":
+        return kl(log_pi_TV, log_q_TV)
+    if objective == "forward_kl":
+        return kl(log_q_TV, log_pi_TV)
+    if objective == "jsd":  # as in GKD (arXiv 2306.13649): beta is the teacher's share of the mixture
+        log_m_TV = torch.logaddexp(log_q_TV + math.log(beta), log_pi_TV + math.log1p(-beta))
+        return beta * kl(log_q_TV, log_m_TV) + (1 - beta) * kl(log_pi_TV, log_m_TV)
+    if (
+        objective == "tml"
+    ):  # Thinking Machines, On-Policy Distillation: a policy gradient that sees only the drawn token
+        log_pi_T = log_pi_TV.gather(-1, response_T[:, None])[:, 0]
+        log_q_T = log_q_TV.gather(-1, response_T[:, None])[:, 0]
+        advantage_T = -(log_mu_T - log_q_T)
+        return -(log_pi_T - log_mu_T).exp() * advantage_T
+    raise ValueError(f"objective {objective!r} is none of {', '.join(OBJECTIVES)}")
+
+
+def compare(
+    student: PreTrainedModel, teacher: PreTrainedModel, sequence: Sequence3, objective: str, beta: float
+) -> tuple[Tensor, Tensor]:
+    """The losses [T] of one sequence, with gradient, and its exact reverse KL per token [T], without."""
+    prompt_ids, response_ids, behaviour_logprobs = sequence
+    log_pi_TV = response_logprobs(student, prompt_ids, response_ids)
+    with torch.no_grad():
+        log_q_TV = response_logprobs(teacher, prompt_ids, response_ids).to(log_pi_TV)
+    response_T = torch.tensor(response_ids, device=log_pi_TV.device)
+    log_mu_T = torch.tensor(behaviour_logprobs, device=log_pi_TV.device, dtype=log_pi_TV.dtype)
+    losses_T = token_losses(log_pi_TV, log_q_TV, response_T, log_mu_T, objective, beta)
+    return losses_T, kl(log_pi_TV.detach(), log_q_TV)
+
+
+def loss_on(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    sequences: Sequence[Sequence3],
+    objective: str = "reverse_kl",
+    beta: float = 0.5,
+) -> Tensor:
+    """The loss of a batch: the mean over all response tokens of all sequences. A scalar; its gradient reaches the student."""
+    return torch.cat([compare(student, teacher, one, objective, beta)[0] for one in sequences]).mean()
+
+
+# ---- 4. the student changes, and writes again -------------------------------------------------------------------
+
+
+def distil(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    steps: int,
+    lr: float,
+    prompts_per_step: int,
+    samples: int,
+    max_tokens: int,
+    end_ids: set[int],
+    objective: str,
+    beta: float,
+    seed: int,
+) -> list[float]:
+    """Trains the student in place; returns the exact reverse KL per token of every step, before its update."""
+    student.eval()  # no dropout: the student that is trained must be the student that wrote
+    teacher.eval().requires_grad_(False)
+    optimiser = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    generator, order = torch.Generator().manual_seed(seed), random.Random(seed)
+    history = []
+    for step in range(steps):
+        asked = order.sample(prompts, min(prompts_per_step, len(prompts)))
+        sequences = [s for p in asked for s in sample(student, [p] * samples, max_tokens, end_ids, generator)]
+        tokens = sum(len(response_ids) for _, response_ids, _ in sequences)
+        for group in optimiser.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        optimiser.zero_grad()
+        loss = reverse_kl = 0.0
+        for sequence in sequences:
+            # Backward one sequence at a time, each divided by the tokens of the whole batch: the gradient of
+            # `loss_on(student, teacher, sequences)` exactly, with the memory of a single sequence.
+            losses_T, kl_T = compare(student, teacher, sequence, objective, beta)
+            (losses_T.sum() / tokens).backward()
+            loss += losses_T.sum().item() / tokens
+            reverse_kl += kl_T.sum().item() / tokens
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step()
+        history.append(reverse_kl)
+        if step % max(1, steps // 10) == 0 or step == steps - 1:
+            print(
+                f"step {step:4d}   loss {loss:8.4f}   reverse KL {reverse_kl:.4f}   {tokens / len(sequences):.1f} tokens/answer"
+            )
+    return history
+
+
+# ---- models and prompts from disk or the hub --------------------------------------------------------------------
+
+
+def load(student_name: str, teacher_name: str, prompts_path: str):
+    """Two models of one vocabulary, and prompts as ids: each line of the JSONL file has `prompt`, a string or a chat."""
+    tokenizer, other = (AutoTokenizer.from_pretrained(name) for name in (student_name, teacher_name))
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (student_name, teacher_name)
+    )
+    widths = student.config.vocab_size, teacher.config.vocab_size
+    if tokenizer.get_vocab() != other.get_vocab() or widths[0] != widths[1]:
+        raise SystemExit(
+            f"student and teacher need one vocabulary: {len(tokenizer)} and {len(other)} tokens, {widths} logits"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompts = []
+    for line in Path(prompts_path).read_text().splitlines():
+        prompt = json.loads(line)["prompt"]
+        if isinstance(prompt, str) and not tokenizer.chat_template:
+            prompts.append(tokenizer(prompt)["input_ids"])
+        else:  # rendered and turned into ids in one go: the template brings the special tokens, nothing adds them twice
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    ends = student.generation_config.eos_token_id or tokenizer.eos_token_id
+    return student.to(device), teacher.to(device), prompts, {ends} if isinstance(ends, int) else set(ends)
+
+
+# ---- a world of its own, for when no models are given -----------------------------------------------------------
+
+ARROW, END = 10, 11  # 0 to 9 are the digits; "3 1 4 1 >" is answered by "1 1 3 4 <end>"
+
+
+def sorting_prompts(n: int, seed: int) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[*source.choices(range(10), k=4), ARROW] for _ in range(n)]
+
+
+def small_model(width: int, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 2, "head_dim": width // 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    config = Qwen3Config(vocab_size=12, eos_token_id=END, pad_token_id=END, bos_token_id=None, **shape, **heads)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def teach(model: PreTrainedModel, steps: int, seed: int) -> None:
+    """Ordinary supervised training on right answers; all sequences have one length."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(steps):
+        prompts = sorting_prompts(128, seed=1_000_000 * seed + step)
+        ids = torch.tensor([[*p, *sorted(p[:-1]), END] for p in prompts])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, len(prompts[0]) - 1 :]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, len(prompts[0]) :].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def accuracy(model: PreTrainedModel) -> float:
+    """Share of 500 problems whose sampled answer is right."""
+    answers = sample(model, sorting_prompts(500, seed=-1), 8, {END}, torch.Generator().manual_seed(0))
+    return sum(answer == [*sorted(prompt[:-1]), END] for prompt, answer, _ in answers) / len(answers)
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> list[float]:
+    parser = argparse.ArgumentParser(description="on-policy distillation in one file")
+    parser.add_argument("--student", help="folder or hub name; without it, two small models are made on the spot")
+    parser.add_argument("--teacher", help="folder or hub name, same vocabulary as the student")
+    parser.add_argument("--prompts", help="JSONL file with a `prompt` in every line")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=1e-3, help="1e-5 is a usual start for pretrained models")
+    parser.add_argument("--prompts-per-step", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=2, help="answers to each prompt")
+    parser.add_argument("--max-tokens", type=int, default=8)
+    parser.add_argument("--objective", choices=OBJECTIVES, default="reverse_kl")
+    parser.add_argument("--beta", type=float, default=0.5, help="of jsd, strictly between 0 and 1")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="folder to save the distilled student in")
+    args = parser.parse_args(arguments)
+    given = [name for name in ("student", "teacher", "prompts") if getattr(args, name)]
+    if len(given) not in (0, 3):
+        parser.error(f"--student, --teacher and --prompts belong together; only {', '.join(given)} given")
+    if given:
+        student, teacher, prompts, end_ids = load(args.student, args.teacher, args.prompts)
+    else:
+        student, teacher, prompts, end_ids = (
+            small_model(32, seed=1),
+            small_model(48, seed=2),
+            sorting_prompts(2000, 0),
+            {END},
+        )
+        teach(teacher, 400, seed=1)
+        teach(student, 100, seed=2)
+        print(f"answers right before: {accuracy(student):.1%}, teacher {accuracy(teacher):.1%}")
+    history = distil(
+        student,
+        teacher,
+        prompts,
+        steps=args.steps,
+        lr=args.lr,
+        prompts_per_step=args.prompts_per_step,
+        samples=args.samples,
+        max_tokens=args.max_tokens,
+        end_ids=end_ids,
+        objective=args.objective,
+        beta=args.beta,
+        seed=args.seed,
+    )
+    if not given:
+        print(f"answers right after: {accuracy(student):.1%}")
+    if args.output:
+        student.save_pretrained(args.output)
+    return history
+
+
+if __name__ == "__main__":
+    main()
