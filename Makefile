@@ -17,7 +17,7 @@ demo: $(VENV)/.ready  ## distils a student on its own answers, prints before / a
 	$(BIN)/opd demo
 
 demo-models: $(VENV)/.ready  ## makes the demo's teacher and student again, from nothing
-	$(BIN)/python -m opd.lab.demo_models
+	$(BIN)/python -m opd.lab.demo.make_models
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow and not gpu and not vllm" -n 2 --dist worksteal

@@ -1,19 +1,19 @@
 """On-policy distillation from scratch, in one file.
 
-    python examples/opd_in_one_file.py                                   # makes its own two small models; a CPU, under a minute
+    python examples/opd_in_one_file.py          makes its own two small models; under a minute on a CPU
     python examples/opd_in_one_file.py --student A --teacher B --prompts prompts.jsonl --max-tokens 256 --lr 1e-5
 
 The whole method is one sentence: the student writes, the teacher scores every token of what was written, the student
 moves towards the teacher on those very tokens, and then it writes again. Read from top to bottom.
 
 Left out, so that nothing stands between you and the method:
-- Batches and padding. Answers to one prompt are written together (equal prompts need no padding); every sequence is scored alone. Slow,
-  and there is no attention mask, padding side or position offset to get wrong.
-- Temperature and top-p. The student is sampled from its own distribution, so that distribution is the one that is trained.
-- Different tokenizers or chat formats for the two models. Both read the same ids, so both must have one vocabulary.
-- Logits in chunks. A sequence's full [tokens, vocabulary] matrix is built for both models: simple, and too much memory for long answers.
-- Discounted returns, baselines, clipping of the importance ratio. On fresh samples the ratio is 1.
-- Evaluation, checkpoints and resuming, more than one device, bfloat16.
+- Batches and padding. Answers to one prompt are written together (equal prompts need no padding); every sequence is
+  scored alone. Slow, and there is no attention mask, padding side or position offset to get wrong.
+- Temperature and top-p. The student is sampled from its own distribution, and that same distribution is trained.
+- Different tokenizers or chat formats. Both models read the same ids, so both must have one vocabulary.
+- Logits in chunks. The [tokens, vocabulary] matrix of a sequence is built whole: simple, and heavy for long answers.
+- Discounted returns, baselines, clipping of the importance ratio: on fresh samples the ratio is 1.
+- Checkpoints and resuming, more than one device, bfloat16.
 
 Needs torch and transformers only.
 """
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
 
-# One answer: the ids of the prompt, the ids of the answer, and the log-probability each answer token had when it was drawn.
-Sequence3 = tuple[Sequence[int], Sequence[int], Sequence[float]]
+# One answer: the prompt's ids, the answer's ids, and the log-probability each answer token had when it was drawn.
+Written = tuple[Sequence[int], Sequence[int], Sequence[float]]
 OBJECTIVES = ("reverse_kl", "forward_kl", "jsd", "tml")
 
 
@@ -46,7 +46,7 @@ def sample(
     max_tokens: int,
     end_ids: set[int],
     generator: torch.Generator,
-) -> list[Sequence3]:
+) -> list[Written]:
     """One answer to each prompt, drawn token by token. The prompts must have equal lengths.
 
     The end token belongs to the answer: stopping is a choice of the student, and it is trained like every other one.
@@ -113,7 +113,7 @@ def token_losses(
 
 
 def compare(
-    student: PreTrainedModel, teacher: PreTrainedModel, sequence: Sequence3, objective: str, beta: float
+    student: PreTrainedModel, teacher: PreTrainedModel, sequence: Written, objective: str, beta: float
 ) -> tuple[Tensor, Tensor]:
     """The losses [T] of one sequence, with gradient, and its exact reverse KL per token [T], without."""
     prompt_ids, response_ids, behaviour_logprobs = sequence
@@ -129,11 +129,11 @@ def compare(
 def loss_on(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    sequences: Sequence[Sequence3],
+    sequences: Sequence[Written],
     objective: str = "reverse_kl",
     beta: float = 0.5,
 ) -> Tensor:
-    """The loss of a batch: the mean over all response tokens of all sequences. A scalar; its gradient reaches the student."""
+    """The loss of a batch, a scalar: the mean over all response tokens of all sequences; autograd reaches the student."""
     return torch.cat([compare(student, teacher, one, objective, beta)[0] for one in sequences]).mean()
 
 
@@ -180,9 +180,8 @@ def distil(
         optimiser.step()
         history.append(reverse_kl)
         if step % max(1, steps // 10) == 0 or step == steps - 1:
-            print(
-                f"step {step:4d}   loss {loss:8.4f}   reverse KL {reverse_kl:.4f}   {tokens / len(sequences):.1f} tokens/answer"
-            )
+            length = tokens / len(sequences)
+            print(f"step {step:4d}   loss {loss:8.4f}   reverse KL {reverse_kl:.4f}   {length:.1f} tokens an answer")
     return history
 
 
@@ -190,16 +189,14 @@ def distil(
 
 
 def load(student_name: str, teacher_name: str, prompts_path: str):
-    """Two models of one vocabulary, and prompts as ids: each line of the JSONL file has `prompt`, a string or a chat."""
-    tokenizer, other = (AutoTokenizer.from_pretrained(name) for name in (student_name, teacher_name))
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (student_name, teacher_name)
-    )
+    """Two models of one vocabulary, and prompts as ids. Each JSONL line has a `prompt`, a string or a chat."""
+    names = (student_name, teacher_name)
+    tokenizer, other = (AutoTokenizer.from_pretrained(name) for name in names)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in names)
     widths = student.config.vocab_size, teacher.config.vocab_size
     if tokenizer.get_vocab() != other.get_vocab() or widths[0] != widths[1]:
-        raise SystemExit(
-            f"student and teacher need one vocabulary: {len(tokenizer)} and {len(other)} tokens, {widths} logits"
-        )
+        sizes = f"{len(tokenizer)} and {len(other)} tokens, {widths[0]} and {widths[1]} logits"
+        raise SystemExit(f"student and teacher need the same vocabulary, but have {sizes}: choose two of one family")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prompts = []
     for line in Path(prompts_path).read_text().splitlines():
@@ -209,7 +206,8 @@ def load(student_name: str, teacher_name: str, prompts_path: str):
         else:  # rendered and turned into ids in one go: the template brings the special tokens, nothing adds them twice
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             prompts.append(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
-    ends = student.generation_config.eos_token_id or tokenizer.eos_token_id
+    ends = student.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
     return student.to(device), teacher.to(device), prompts, {ends} if isinstance(ends, int) else set(ends)
 
 
@@ -246,7 +244,7 @@ def teach(model: PreTrainedModel, steps: int, seed: int) -> None:
 
 def accuracy(model: PreTrainedModel) -> float:
     """Share of 500 problems whose sampled answer is right."""
-    answers = sample(model, sorting_prompts(500, seed=-1), 8, {END}, torch.Generator().manual_seed(0))
+    answers = sample(model, sorting_prompts(500, seed=7), 8, {END}, torch.Generator().manual_seed(0))
     return sum(answer == [*sorted(prompt[:-1]), END] for prompt, answer, _ in answers) / len(answers)
 
 
@@ -259,10 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--teacher", help="folder or hub name, same vocabulary as the student")
     parser.add_argument("--prompts", help="JSONL file with a `prompt` in every line")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=1e-3, help="1e-5 is a usual start for pretrained models")
+    parser.add_argument("--lr", type=float, help="default: 1e-5, or 2e-3 for the two small models")
     parser.add_argument("--prompts-per-step", type=int, default=16)
     parser.add_argument("--samples", type=int, default=2, help="answers to each prompt")
-    parser.add_argument("--max-tokens", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, help="default: 256, or 8 for the two small models")
     parser.add_argument("--objective", choices=OBJECTIVES, default="reverse_kl")
     parser.add_argument("--beta", type=float, default=0.5, help="of jsd, strictly between 0 and 1")
     parser.add_argument("--seed", type=int, default=0)
@@ -271,32 +269,18 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     given = [name for name in ("student", "teacher", "prompts") if getattr(args, name)]
     if len(given) not in (0, 3):
         parser.error(f"--student, --teacher and --prompts belong together; only {', '.join(given)} given")
+    args.lr = args.lr or (1e-5 if given else 2e-3)
+    args.max_tokens = args.max_tokens or (256 if given else 8)
     if given:
         student, teacher, prompts, end_ids = load(args.student, args.teacher, args.prompts)
     else:
-        student, teacher, prompts, end_ids = (
-            small_model(32, seed=1),
-            small_model(48, seed=2),
-            sorting_prompts(2000, 0),
-            {END},
-        )
+        student, teacher = small_model(32, seed=1), small_model(48, seed=2)
+        prompts, end_ids = sorting_prompts(2000, seed=0), {END}
         teach(teacher, 400, seed=1)
         teach(student, 100, seed=2)
         print(f"answers right before: {accuracy(student):.1%}, teacher {accuracy(teacher):.1%}")
-    history = distil(
-        student,
-        teacher,
-        prompts,
-        steps=args.steps,
-        lr=args.lr,
-        prompts_per_step=args.prompts_per_step,
-        samples=args.samples,
-        max_tokens=args.max_tokens,
-        end_ids=end_ids,
-        objective=args.objective,
-        beta=args.beta,
-        seed=args.seed,
-    )
+    options = ("steps", "lr", "prompts_per_step", "samples", "max_tokens", "objective", "beta", "seed")
+    history = distil(student, teacher, prompts, end_ids=end_ids, **{name: getattr(args, name) for name in options})
     if not given:
         print(f"answers right after: {accuracy(student):.1%}")
     if args.output:

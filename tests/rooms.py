@@ -15,7 +15,7 @@ from opd.models.causal import CausalLM
 from opd.objectives.objective import Objective
 from opd.rollouts.engine import EmbeddedEngine
 from opd.teachers.local import LocalTeacher
-from opd.text.agreement import Agreement, compare
+from opd.text.agreement import compare
 from opd.text.formats import Format, PromptFormat
 from opd.text.tokenizer import Tokenizer
 from opd.types import Prompt, Rollout, Row, SamplingParams
@@ -25,7 +25,8 @@ QUESTIONS = ("Sort: hgfe", "What is 12 + 7?", "Solve 3 * (4 - 1) step by step", 
 
 
 def prompt_format(*, chat: bool = False, **kwargs) -> PromptFormat:
-    settings = dict(kind="auto", plain_template="{prompt}", system_prompt=None, chat_template_kwargs={}, end_tokens=())
+    settings = {"kind": "auto", "plain_template": "{prompt}", "system_prompt": None}
+    settings |= {"chat_template_kwargs": {}, "end_tokens": ()}
     return PromptFormat(Tokenizer(tiny.tokenizer(chat=chat)), Format(**{**settings, **kwargs}))
 
 
@@ -40,7 +41,12 @@ def prompts(fmt: PromptFormat, questions: Sequence[str] = QUESTIONS) -> list[Pro
 
 
 def rollouts(
-    student: CausalLM, fmt: PromptFormat, *, samples: int = 2, max_tokens: int = 12, questions: Sequence[str] = QUESTIONS
+    student: CausalLM,
+    fmt: PromptFormat,
+    *,
+    samples: int = 2,
+    max_tokens: int = 12,
+    questions: Sequence[str] = QUESTIONS,
 ) -> list[Rollout]:
     """Ragged answers: besides its end token the student also stops at one token in three."""
     stops = tuple(range(0, student.vocab_size, 8))

@@ -58,15 +58,15 @@ def tokenizer(vocab_size: int = 300, *, chat: bool = True, bos: bool = False, eo
     return made
 
 
-_COMMON = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
-_SPECIALS = dict(bos_token_id=None, eos_token_id=2, pad_token_id=0)
-_MOE = dict(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=8)
+_COMMON = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+_SPECIALS = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
 KINDS: dict[str, tuple[str, dict]] = {
     "qwen3": ("Qwen3Config", dict(_COMMON, num_hidden_layers=2, head_dim=8)),
     "llama": ("LlamaConfig", dict(_COMMON, num_hidden_layers=2)),
     "gemma3": ("Gemma3TextConfig", dict(_COMMON, num_hidden_layers=2, head_dim=8, sliding_window=8)),
     "mistral": ("MistralConfig", dict(_COMMON, num_hidden_layers=2, sliding_window=8)),
-    "gpt2": ("GPT2Config", dict(n_embd=32, n_layer=2, n_head=4, n_positions=256)),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "qwen3_moe": ("Qwen3MoeConfig", dict(_COMMON, num_hidden_layers=2, **_MOE)),
     "qwen3_next": (
         "Qwen3NextConfig",

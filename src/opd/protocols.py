@@ -32,7 +32,8 @@ class Sampler(Protocol):
 class Weights(Protocol):
     """A version of the student's weights on its way to a sampler."""
 
-    version: int
+    @property
+    def version(self) -> int: ...
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Name to tensor, named as in the model's own state dict."""

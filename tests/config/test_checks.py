@@ -195,7 +195,7 @@ def test_E_03_evals_without_tasks_are_refused(tmp_path):
     [
         (
             ["evals.tasks.1={name: held, source: {kind: jsonl, path: c}, grader: {kind: exact}}"],
-            "evals.tasks.1.name: 2 ent",
+            "evals.tasks.1: 2 ent",
         ),
         (
             ["evals.tasks.0.samples=4", "evals.tasks.0.sampling.temperature=0"],
@@ -207,7 +207,7 @@ def test_E_03_evals_without_tasks_are_refused(tmp_path):
         ),
         (
             ["prompts.sources.1={kind: parquet, path: x/a.parquet}"],
-            "prompts.sources.1.name: 2 entries have the name 'a'",
+            "prompts.sources.1: 2 entries have the name 'a'",
         ),
         (["optim.final_lr_fraction=0.1"], "optim.final_lr_fraction: nothing reads it: optim.schedule is constant"),
         (["optim.warmup_steps=101"], "optim.warmup_steps: the warm-up is longer than the run, run.steps is 100"),
@@ -233,13 +233,13 @@ def test_defaults_written_out_are_never_refused(tmp_path):
 
 def test_names_of_sources():
     sources = [
-        {"kind": "jsonl", "path": "x/train.jsonl"},
+        {"kind": "jsonl", "path": "x/train.v2.jsonl.gz"},
         {"kind": "reasoning_gym", "task": "chain_sum"},
         {"kind": "inline", "rows": ["a"]},
         {"kind": "dataset", "path": "org/maths", "name": "mine"},
     ]
     config = Config.model_validate({"student": {"model": "s"}, "prompts": {"sources": sources}})
-    assert [source_name(source) for source in config.prompts.sources] == ["train", "chain_sum", "inline", "mine"]
+    assert [source_name(source) for source in config.prompts.sources] == ["train.v2", "chain_sum", "inline", "mine"]
 
 
 # ---- prices ------------------------------------------------------------------------------------------------------

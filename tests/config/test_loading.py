@@ -111,6 +111,13 @@ def test_origins_are_exact_and_complete(tmp_path):
     assert origins["student.revision"] == "default"
 
 
+def test_a_replaced_value_has_the_origin_of_what_replaced_it(tmp_path):
+    text = BASE + "sampling:\n  top_k: 1\nobjective:\n  preset: jsd\n  parameters:\n    beta: 0.1\n"
+    assert load(tmp_path, text).origins["objective.parameters.beta"].endswith("recipe.yaml:11")
+    loaded = load(tmp_path, text, "objective.parameters={beta: 0.2}")
+    assert loaded.origins["objective.parameters.beta"] == "command line"
+
+
 def test_given_shows_what_was_said_and_reads_back(tmp_path):
     config = load(tmp_path, BASE + "objective: {preset: tml}\noptim: {lr: 1e-4}\n").config
     said = given(config)

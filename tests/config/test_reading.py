@@ -86,7 +86,8 @@ def test_yaml_lines_are_those_of_the_keys(tmp_path):
 
 def test_toml_lines(tmp_path):
     text = (
-        '# c\nstudent.model = "s"\n\n[optim]  # rates\nlr = 1\n"eps" = 2\n[run]\nfolder = """\nseed = 3\n"""\nsteps = 4\n'
+        '# c\nstudent.model = "s"\n\n[optim]  # rates\nlr = 1\n"eps" = 2\n'
+        '[run]\nfolder = """\nseed = 3\n"""\nsteps = 4\n'
         '[[evals.tasks]]\nname = "a"\n[evals.tasks.grader]\nkind = "exact"\n[[evals.tasks]]\nname = "b"\n'
     )
     layer = read_file(write(tmp_path, text, "r.toml"))

@@ -79,6 +79,7 @@ def test_rollout_row_keeps_ids_and_float32_logprobs_exactly():
     rollout = rollouts(tokens=200)[0]
     row = json.loads(to_json(rollout_row(rollout, "prompt", "answer")))
     assert np.array_equal(np.array(row["behaviour_logprobs"], np.float32), rollout.behaviour_logprobs)
+    assert max(len(repr(x)) for x in row["behaviour_logprobs"]) <= 15, "float32's own digits, not float64's"
     assert row["response_ids"] == rollout.response_ids.tolist() and row["prompt_ids"] == rollout.prompt.ids.tolist()
     assert row["mask"] == [0] + [1] * 199 and row["turns"] == [[0, 200]]
     data = replace(rollout, behaviour_logprobs=np.full(200, np.nan, np.float32), behaviour="dataset")

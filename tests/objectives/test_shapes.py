@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from opd.config.objective import ForwardKL, JensenShannon, ReverseKL
 from opd.objectives.shapes import maths
 
-SHAPES = [ReverseKL(), ForwardKL(), *(JensenShannon(beta=b, normalised=n) for b in (0.1, 0.5, 0.9) for n in (False, True))]
+SHAPES = [
+    ReverseKL(),
+    ForwardKL(),
+    *(JensenShannon(beta=b, normalised=n) for b in (0.1, 0.5, 0.9) for n in (False, True)),
+]
 
 
 def pair(seed: int, width: int = 7) -> tuple[torch.Tensor, torch.Tensor]:

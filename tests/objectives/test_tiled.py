@@ -95,9 +95,7 @@ def test_O_14_gradients_equal_autograd_on_full_logits(term: Term, variant, tempe
     expected = [x.grad.clone() for x in leaves]
     for x in leaves:
         x.grad = None
-    loss, _ = tiled_loss(
-        hidden, head, rows, [term], scorer=scorer, student_temperature=temperature, chunk_tokens=chunk
-    )
+    loss, _ = tiled_loss(hidden, head, rows, [term], scorer=scorer, student_temperature=temperature, chunk_tokens=chunk)
     (2.0 * loss).backward()  # the backward pass must scale what the forward pass made
     for x, gradient in zip(leaves, expected, strict=True):
         torch.testing.assert_close(x.grad, 2.0 * gradient.to(x.dtype), atol=2e-6, rtol=2e-5)
@@ -133,9 +131,7 @@ def test_X_01_a_masked_token_may_hold_nan(name: str) -> None:
         if poison:
             scorer.hidden_TD[rows.weights["a"] == 0] = float("nan")
             rows.behaviour_T[rows.weights["a"] == 0] = float("nan")
-        loss, _ = tiled_loss(
-            hidden, head, rows, [TERMS[name]], scorer=scorer, student_temperature=1.0, chunk_tokens=4
-        )
+        loss, _ = tiled_loss(hidden, head, rows, [TERMS[name]], scorer=scorer, student_temperature=1.0, chunk_tokens=4)
         loss.backward()
         gradients.append((loss.item(), hidden.grad.clone(), head.weight_VD.grad.clone()))
     assert gradients[0][0] == gradients[1][0]

@@ -58,6 +58,16 @@ def test_terminal_draws_bars_and_leaves_only_lines():
     assert "\x1b[?25l" in out and out.rstrip().rindex("\x1b[?25h") > out.rindex("━"), "cursor back, bars gone"
 
 
+def test_narrow_ascii_terminal_draws_without_error():
+    console, raw = terminal("ascii")
+    console.width = 30
+    with RunView(console=console) as view:
+        view.start(100_000)
+        view.phase("student takes a task with a long name", 3, 8)
+        view.step({"step": 3, "loss": 0.25, "tokens_per_second": 950.0})
+    assert b"steps" in raw.getvalue()
+
+
 def test_unknown_total_after_a_known_one_pulses_instead_of_lying():
     console, _ = terminal()
     with RunView(console=console) as view:
@@ -90,8 +100,9 @@ def test_skipped_step_is_always_said_and_bad_numbers_do_not_break():
     with RunView(log_every=100, console=console) as view:
         view.start(3)
         view.step({"step": 1, "applied": False, "loss": math.nan, "tokens_per_second": math.inf})
-        view.step({"step": 3, "loss": math.nan})
+        view.step({"step": 3, "loss": math.nan, "tokens_per_second": math.nan})
     lines = raw.getvalue().decode().splitlines()
+    assert "inf" not in "".join(lines)
     assert lines[0] == "step 1 skipped: its loss or gradient was not finite"
     assert lines[1] == "step 3/3  loss nan"
 

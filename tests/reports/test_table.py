@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opd.evals.intervals import Estimate
+from opd.evals.tasks import EvalResult
 from opd.reports import figures, table
 from tests.journal.test_records import make_summary
 from tests.reports.parts import HOSTILE, plain_console, terminal
@@ -90,6 +92,21 @@ def test_comparison_fits_80_columns():
         assert all(len(line) <= 80 for line in lines)
         assert any(re.search(r"full vocabulary +95\.0 % +\[93\.0, 96\.6\] +3\.12M +1:52", line) for line in lines)
         assert any(re.search(r"own samples +- +- +- +-", line) for line in lines)
+
+
+@pytest.mark.parametrize("make", [plain_console, terminal])
+def test_scores_of_several_tasks(make):
+    taken = {"scores": {}, "mean_length": 12.0, "truncated_share": 0.25, "answers": ()}
+    known = Estimate(mean=0.852, low=0.82, high=0.881, n=100, k=4, missing=3, ci_method="wilson 95%")
+    unknown = Estimate(mean=None, low=None, high=None, n=0, k=1, missing=5, ci_method=None)
+    console, raw = make()
+    table.scores(
+        [EvalResult(task="sort", estimate=known, **taken), EvalResult(task="sums", estimate=unknown, **taken)], console
+    )
+    text = "\n".join(lines_of(raw))
+    assert re.search(r"sort +85\.2 % +\[82\.0, 88\.1\] +100 x 4 +25\.0 %", text)
+    assert re.search(r"sums +- +- +0 x 1", text) and "sums: 5 answers could not be graded" in text
+    assert "intervals: wilson 95%" in text and all(len(line) <= 80 for line in text.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from opd.text.formats import Format, PromptFormat
+from opd.text.formats import Format
 from opd.text.tokenizer import Tokenizer
 from opd.types import Row
 from tests import tiny

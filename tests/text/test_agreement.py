@@ -78,7 +78,7 @@ def test_same_vocabulary_that_splits_text_differently_is_refused():
         state["normalizer"] = json.loads(backend.to_str())["normalizer"]
 
     for change in (digits, unmerged, normalised):
-        with pytest.raises(ModelError, match="vocabularies agree, but .* is encoded as"):
+        with pytest.raises(ModelError, match=r"vocabularies agree, but .* is encoded as"):
             compare(chat(), chat(tokenizer=edited(change)))
 
 
@@ -160,12 +160,12 @@ def test_A_16_teacher_end_that_the_student_does_not_know_is_refused():
 def test_A_16_ordinary_text_cannot_stand_for_an_end(ordinary_side):
     line, turn = base(end_tokens=("\n",)), chat(IM_END)
     pair = (line, turn) if ordinary_side == "student" else (turn, line)
-    with pytest.raises(ModelError, match="grow without end.*'Ċ' is ordinary text"):
+    with pytest.raises(ModelError, match=r"grow without end.*'Ċ' is ordinary text"):
         compare(*pair)
     assert compare(line, line).end_map == ()
 
 
-# ---- prompts side by side ---------------------------------------------------------------------------------------------
+# ---- prompts side by side -------------------------------------------------------------------------------------------
 
 
 def test_A_10_difference_of_rendered_prompts():

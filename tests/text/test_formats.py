@@ -124,7 +124,11 @@ def test_thinking_tags_in_a_template_stay_words_of_the_data():
     template = THINKING.replace("{% if loop.last %}", "{% if true %}")  # history keeps the block
     fmt = with_template(template, added=["<think>", "</think>"])
     ids = fmt.completion_ids(row("2+2?", "<think>\n4\n</think>\n\n4"))
-    assert [fmt.tokenizer.tokens[n] for n in ids if n in fmt.tokenizer.added_ids] == ["<think>", "</think>", "<|im_end|>"]
+    assert [fmt.tokenizer.tokens[n] for n in ids if n in fmt.tokenizer.added_ids] == [
+        "<think>",
+        "</think>",
+        "<|im_end|>",
+    ]
 
 
 def test_a_role_is_never_free_text():

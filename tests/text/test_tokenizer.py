@@ -6,6 +6,7 @@ import json
 from itertools import pairwise
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -171,8 +172,15 @@ def test_S_05_trust_remote_code_reaches_the_loader(tmp_path):
     assert type(load_tokenizer(str(tmp_path), trust_remote_code=True).hf).__name__ == "MyTokenizer"
 
 
-def test_pure_python_tokenizer_is_refused():
-    from transformers import ByT5Tokenizer
+def test_revision_reaches_the_loader(monkeypatch):
+    asked = []
+    load = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: asked.append(k) or load(*a, **k))
+    with pytest.raises(ModelError):
+        load_tokenizer("nobody/nothing", revision="v1")
+    assert asked == [{"revision": "v1", "trust_remote_code": False}]
 
+
+def test_pure_python_tokenizer_is_refused():
     with pytest.raises(ModelError, match="pure Python tokenizer"):
-        Tokenizer(ByT5Tokenizer(), "google/byt5")
+        Tokenizer(transformers.ByT5Tokenizer(), "google/byt5")

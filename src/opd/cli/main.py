@@ -90,7 +90,7 @@ def demo(*, quick: bool = False, folder: Path = Path("runs/demo")) -> None:
     quick: A tenth of the steps: shows that everything works, not the result.
     folder: Where the runs are written; an earlier demo there is replaced.
     """
-    from opd.lab.demo import run_demo
+    from opd.lab.demo.run import run_demo
 
     run_demo(folder, quick=quick)
 

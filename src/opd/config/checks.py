@@ -19,7 +19,7 @@ from opd.config.objective import ForwardKL, Objective, Spec, Term
 from opd.config.options import KeyPath, as_path, dotted, nearest_word
 from opd.config.presets import PRESETS, Preset, expand
 from opd.config.problems import Problem, config_error, shown
-from opd.config.schema import Config, Source
+from opd.config.schema import Config, InlineSource, ReasoningGymSource, Source
 from opd.errors import ConfigError
 
 
@@ -56,16 +56,15 @@ def expanded(config: Config) -> Config:
 
 
 def source_name(source: Source) -> str:
-    """How reports and row ids call a source: its own name, or one made from its path or task."""
+    """How reports and row ids call a source: its `name`, else its task, or its path's last name without its ending."""
     if source.name is not None:
         return source.name
-    match source.kind:
-        case "reasoning_gym":
-            return source.task
-        case "inline":
-            return "inline"
-        case _:
-            return Path(source.path).stem
+    if isinstance(source, ReasoningGymSource):
+        return source.task
+    if isinstance(source, InlineSource):
+        return "inline"
+    last = Path(source.path).name
+    return last.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json").removesuffix(".parquet")
 
 
 # ---- the objective as it is written ------------------------------------------------------------------------------
@@ -239,7 +238,7 @@ def _same_names(path: str, names: list[str]) -> Iterator[Problem]:
         if count > 1:
             i = [i for i, other in enumerate(names) if other == name][1]
             what = f"{count} entries have the name {name!r}; ids and reports need different ones"
-            yield Problem(f"{path}.{i}.name", what, shown(name), allowed="a name of its own")
+            yield Problem(f"{path}.{i}", what, shown(name), allowed="another `name`")
 
 
 def format_rules(config: Config) -> Iterator[Problem]:

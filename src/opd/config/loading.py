@@ -132,7 +132,7 @@ class _Draft:
             self.problems += layer.problems
             layer = replace(layer, data=_empty_sections_filled(layer.data, ROOT))
         new = value_at(layer.data, path)
-        for key in sorted(new, key=lambda key: key != "kind"):  # kind first: it decides which older keys still count
+        for key in new:
             here = (*path, key)
             if isinstance(new[key], dict) and isinstance(value_at(self.data, here), dict):
                 self.merge(layer, here)

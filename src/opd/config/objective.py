@@ -31,9 +31,9 @@ class JensenShannon(Spec):
     """GKD's generalised JSD, beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p."""
 
     kind: Literal["jsd"] = "jsd"
-    beta: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the mixture")
+    beta: float = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in the mixture")
     normalised: bool = Field(
-        False, description="divide by beta (1 - beta), which is continuous to forward (0) and reverse KL (1)"
+        default=False, description="divide by beta (1 - beta), which is continuous to forward (0) and reverse KL (1)"
     )
 
 
@@ -46,33 +46,40 @@ class Term(Spec):
     name: str = Field(description="how metrics call it")
     coefficient: float = 1.0
     target: Literal["teacher", "data"] = Field(
-        "teacher", description="whose tokens the student moves to: the teacher's distribution, or the data's own tokens"
+        default="teacher",
+        description="whose tokens the student moves to: the teacher's distribution, or the data's own tokens",
     )
     shape: Shape = ReverseKL()
     support: Literal["full", "sampled"] = Field(
-        "full", description="full: the whole vocabulary at every position; sampled: only the token that was drawn"
+        default="full",
+        description="full: the whole vocabulary at every position; sampled: only the token that was drawn",
     )
     advantage_under: Literal["student", "sampler"] = Field(
-        "student",
+        default="student",
         description="whose log-probability enters the log-ratio of a sampled term: the student's as it is now, "
         "or the one recorded when the token was drawn (as in Thinking Machines' code)",
     )
     importance: Literal["none", "ratio"] = Field(
-        "none", description="weight of a sampled token: 1, or student now / sampler then, unclipped"
+        default="none", description="weight of a sampled token: 1, or student now / sampler then, unclipped"
     )
     reduction: Literal["token_mean", "sequence_mean"] = Field(
-        "token_mean", description="mean over all trained tokens of the step, or over answers of their own token means"
+        default="token_mean",
+        description="mean over all trained tokens of the step, or over answers of their own token means",
     )
 
 
 class Objective(Spec):
     """What is minimised. Name a preset, or list the terms; a resolved config holds both and they must agree."""
 
-    preset: str | None = Field(None, description="a named method: see `opd config presets`")
+    preset: str | None = Field(default=None, description="a named method: see `opd config presets`")
     parameters: dict[str, Any] = Field(default_factory=dict, description="parameters of the preset, e.g. {beta: 0.1}")
     behaviour: Literal["student", "dataset"] | None = Field(
-        None, description="who writes the answers that are trained on; the preset decides when it is not given"
+        default=None, description="who writes the answers that are trained on; the preset decides when it is not given"
     )
     terms: tuple[Term, ...] = ()
-    student_temperature: float = Field(1.0, gt=0, description="divides the student's logits inside the objective")
-    teacher_temperature: float = Field(1.0, gt=0, description="divides the teacher's logits inside the objective")
+    student_temperature: float = Field(
+        default=1.0, gt=0, description="divides the student's logits inside the objective"
+    )
+    teacher_temperature: float = Field(
+        default=1.0, gt=0, description="divides the teacher's logits inside the objective"
+    )

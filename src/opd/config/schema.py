@@ -15,15 +15,18 @@ class TextFormat(Spec):
     """How a row becomes token ids for one model. Student and teacher may differ."""
 
     kind: Literal["auto", "chat", "plain"] = Field(
-        "auto", description="chat: the tokenizer's own template; plain: `plain_template`; auto: chat where there is one"
+        default="auto",
+        description="chat: the tokenizer's own template; plain: `plain_template`; auto: chat where there is one",
     )
-    plain_template: str = Field("{prompt}", description="text of a prompt for a base model; must contain {prompt}")
-    system_prompt: str | None = Field(None, description="put before chats that bring none of their own")
+    plain_template: str = Field(
+        default="{prompt}", description="text of a prompt for a base model; must contain {prompt}"
+    )
+    system_prompt: str | None = Field(default=None, description="put before chats that bring none of their own")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to the template, e.g. {enable_thinking: false}"
     )
     end_tokens: tuple[str, ...] = Field(
-        (), description="tokens that end an answer; empty: the model's generation config, then the tokenizer's"
+        default=(), description="tokens that end an answer; empty: the model's generation config, then the tokenizer's"
     )
 
 
@@ -31,30 +34,37 @@ class Model(Spec):
     """One causal language model that transformers can load."""
 
     model: str = Field(description="folder or hub name")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    tokenizer: str | None = Field(None, description="folder or hub name when it is not beside the weights")
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    tokenizer: str | None = Field(default=None, description="folder or hub name when it is not beside the weights")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="compute type; auto: bfloat16 on CUDA, float32 on CPU. A trained model's master weights "
-        "and optimiser state are float32 whatever is said here"
+        default="auto",
+        description="compute type; auto: bfloat16 on CUDA, float32 on CPU. A trained model's master weights "
+        "and optimiser state are float32 whatever is said here",
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:0, mps")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0, mps")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    trust_remote_code: bool = Field(False, description="run code that comes with the model: only if you have read it")
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with the model: only if you have read it"
+    )
     format: TextFormat = TextFormat()
 
 
 class Student(Model):
     """The model that is trained."""
 
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute activations: less memory, about a third slower"
+    )
 
 
 class Teacher(Model):
     """The model that scores. Forward only."""
 
-    offload: Literal["none", "cpu"] = Field("none", description="cpu: kept in host memory between scoring calls")
+    offload: Literal["none", "cpu"] = Field(
+        default="none", description="cpu: kept in host memory between scoring calls"
+    )
     quantisation: Literal["none", "int8", "int4"] = Field(
-        "none", description="weights in 8 or 4 bits through bitsandbytes (CUDA only)"
+        default="none", description="weights in 8 or 4 bits through bitsandbytes (CUDA only)"
     )
 
 
@@ -64,17 +74,17 @@ class Teacher(Model):
 class Columns(Spec):
     """Which columns of a row mean what; the rest travel to the graders."""
 
-    prompt: str = Field("prompt", description="a string or a list of {role, content}")
-    completion: str = Field("completion", description="the answer of a (prompt, completion) pair")
-    messages: str = Field("messages", description="a whole chat; its final assistant turn is the completion")
-    text: str = Field("text", description="raw text: the completion of an empty prompt")
-    domain: str | None = Field(None, description="column that names the row's domain; none: the source's name")
+    prompt: str = Field(default="prompt", description="a string or a list of {role, content}")
+    completion: str = Field(default="completion", description="the answer of a (prompt, completion) pair")
+    messages: str = Field(default="messages", description="a whole chat; its final assistant turn is the completion")
+    text: str = Field(default="text", description="raw text: the completion of an empty prompt")
+    domain: str | None = Field(default=None, description="column that names the row's domain; none: the source's name")
 
 
 class SourceBase(Spec):
-    name: str | None = Field(None, description="how reports call it; none: made from the path or task")
-    weight: float = Field(1.0, gt=0, description="share of the mixture, relative to the other sources")
-    limit: int | None = Field(None, ge=1, description="use only the first so many rows")
+    name: str | None = Field(default=None, description="how reports call it; none: made from the path or task")
+    weight: float = Field(default=1.0, gt=0, description="share of the mixture, relative to the other sources")
+    limit: int | None = Field(default=None, ge=1, description="use only the first so many rows")
     columns: Columns = Columns()
 
 
@@ -93,7 +103,7 @@ class DatasetSource(SourceBase):
 
     kind: Literal["dataset"] = "dataset"
     path: str = Field(description="hub name or folder")
-    config: str | None = Field(None, description="the dataset's configuration name")
+    config: str | None = Field(default=None, description="the dataset's configuration name")
     split: str = "train"
     revision: str | None = None
 
@@ -103,7 +113,7 @@ class ReasoningGymSource(SourceBase):
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     task: str = Field(description="a task's name, e.g. basic_arithmetic")
-    size: int = Field(1000, ge=1)
+    size: int = Field(default=1000, ge=1)
     seed: int = 0
     settings: dict[str, Any] = Field(default_factory=dict, description="the task's own settings, e.g. {min_terms: 2}")
 
@@ -124,8 +134,8 @@ class Prompts(Spec):
     """What the student is asked."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    per_step: int = Field(64, ge=1, description="prompts in one update")
-    max_prompt_tokens: int = Field(2048, ge=1, description="longer prompts are dropped and counted, never cut")
+    per_step: int = Field(default=64, ge=1, description="prompts in one update")
+    max_prompt_tokens: int = Field(default=2048, ge=1, description="longer prompts are dropped and counted, never cut")
     shuffle: bool = True
     seed: int = 0
 
@@ -136,20 +146,25 @@ class Prompts(Spec):
 class Sampling(Spec):
     """How the student writes."""
 
-    samples_per_prompt: int = Field(4, ge=1)
-    max_tokens: int = Field(1024, ge=1)
-    temperature: float = Field(1.0, ge=0, description="0 is the arg max: allowed for evals only")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: no cut")
-    stop_tokens: tuple[str, ...] = Field((), description="tokens that end an answer besides the format's end tokens")
+    samples_per_prompt: int = Field(default=4, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=1.0, ge=0, description="0 is the arg max: allowed for evals only")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0: no cut")
+    stop_tokens: tuple[str, ...] = Field(
+        default=(), description="tokens that end an answer besides the format's end tokens"
+    )
 
 
 class Engine(Spec):
     """The embedded rollout engine."""
 
-    slots: int = Field(128, ge=1, description="answers written at the same time; a finished one makes room at once")
+    slots: int = Field(
+        default=128, ge=1, description="answers written at the same time; a finished one makes room at once"
+    )
     path: Literal["auto", "lean", "generic"] = Field(
-        "auto", description="lean: our decoder, for the architectures it knows; generic: the model's own forward"
+        default="auto",
+        description="lean: our decoder, for the architectures it knows; generic: the model's own forward",
     )
 
 
@@ -157,8 +172,10 @@ class Engine(Spec):
 
 
 class GraderBase(Spec):
-    answer_column: str = Field("answer", description="column that holds the reference answer")
-    timeout: float = Field(5.0, gt=0, description="seconds for one answer; then the worker is killed and it scores 0")
+    answer_column: str = Field(default="answer", description="column that holds the reference answer")
+    timeout: float = Field(
+        default=5.0, gt=0, description="seconds for one answer; then the worker is killed and it scores 0"
+    )
 
 
 class ExactGrader(GraderBase):
@@ -172,7 +189,7 @@ class NumericGrader(GraderBase):
     """The last number of the answer equals the reference."""
 
     kind: Literal["numeric"] = "numeric"
-    tolerance: float = Field(1e-6, ge=0, description="largest relative difference")
+    tolerance: float = Field(default=1e-6, ge=0, description="largest relative difference")
 
 
 class MathGrader(GraderBase):
@@ -191,7 +208,7 @@ class PythonGrader(GraderBase):
     """Runs the answer's Python code against the tests in `tests_column`; all must pass."""
 
     kind: Literal["python"] = "python"
-    tests_column: str = Field("tests", description="column with assert statements that see the answer's names")
+    tests_column: str = Field(default="tests", description="column with assert statements that see the answer's names")
 
 
 Grader = Annotated[
@@ -205,16 +222,16 @@ class Task(Spec):
     name: str
     source: Source
     grader: Grader
-    samples: int = Field(1, ge=1, description="k of avg@k: answers per problem")
-    sampling: Sampling | None = Field(None, description="none: as in training")
+    samples: int = Field(default=1, ge=1, description="k of avg@k: answers per problem")
+    sampling: Sampling | None = Field(default=None, description="none: as in training")
 
 
 class Evals(Spec):
     tasks: tuple[Task, ...] = ()
-    every: int = Field(0, ge=0, description="also every so many steps; 0: only before and after")
-    teacher: bool = Field(True, description="let the teacher take the tasks too, once, as the goal to reach")
-    confidence: float = Field(0.95, gt=0, lt=1)
-    workers: int = Field(2, ge=1, description="grader processes")
+    every: int = Field(default=0, ge=0, description="also every so many steps; 0: only before and after")
+    teacher: bool = Field(default=True, description="let the teacher take the tasks too, once, as the goal to reach")
+    confidence: float = Field(default=0.95, gt=0, lt=1)
+    workers: int = Field(default=2, ge=1, description="grader processes")
 
 
 # ---- training ---------------------------------------------------------------------------------------------------
@@ -223,41 +240,47 @@ class Evals(Spec):
 class Optim(Spec):
     """AdamW."""
 
-    lr: float = Field(1e-5, gt=0)
+    lr: float = Field(default=1e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    final_lr_fraction: float = Field(0.0, ge=0, le=1, description="where linear and cosine end, as a share of lr")
-    clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    warmup_steps: int = Field(default=0, ge=0)
+    final_lr_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="where linear and cosine end, as a share of lr"
+    )
+    clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the whole gradient")
 
 
 class Learner(Spec):
     tokens_per_micro_batch: int = Field(
-        16384, ge=1, description="padded tokens in one forward pass; memory grows with it, the gradient does not change"
+        default=16384,
+        ge=1,
+        description="padded tokens in one forward pass; memory grows with it, the gradient does not change",
     )
     chunk_tokens: int = Field(
-        512, ge=1, description="tokens whose logits exist at the same time; at most this many x vocabulary floats"
+        default=512,
+        ge=1,
+        description="tokens whose logits exist at the same time; at most this many x vocabulary floats",
     )
-    updates_per_batch: int = Field(1, ge=1, description="optimiser steps on the same rollouts")
-    max_bad_steps: int = Field(5, ge=1, description="stop after so many non-finite steps in a row")
+    updates_per_batch: int = Field(default=1, ge=1, description="optimiser steps on the same rollouts")
+    max_bad_steps: int = Field(default=5, ge=1, description="stop after so many non-finite steps in a row")
 
 
 class Run(Spec):
-    folder: str = Field("runs/opd", description="everything about the run is written here")
-    steps: int = Field(100, ge=1)
+    folder: str = Field(default="runs/opd", description="everything about the run is written here")
+    steps: int = Field(default=100, ge=1)
     seed: int = 0
-    threads: int | None = Field(None, ge=1, description="CPU threads; none: as many as torch takes")
-    log_every: int = Field(1, ge=1, description="steps between two lines of the terminal")
-    overwrite: bool = Field(False, description="delete a finished or abandoned run in the same folder")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; none: as many as torch takes")
+    log_every: int = Field(default=1, ge=1, description="steps between two lines of the terminal")
+    overwrite: bool = Field(default=False, description="delete a finished or abandoned run in the same folder")
 
 
 class Config(Spec):
     """A whole run."""
 
     student: Student
-    teacher: Teacher | None = Field(None, description="not needed when every term has target: data")
+    teacher: Teacher | None = Field(default=None, description="not needed when every term has target: data")
     prompts: Prompts
     sampling: Sampling = Sampling()
     engine: Engine = Engine()

@@ -6,9 +6,9 @@ the effective number of independent trials in place of n:
     v      = variance of the problems' means, divided by the number of problems     (the cluster variance of the mean)
     n_eff  = p (1 - p) / v,  times (z / t)^2  with Student's t on problems - 1 degrees of freedom
 
-as in Korn & Graubard (1998) and, for Wilson's interval, Dean & Pavlou (2015), doi:10.1093/jssam/smv024. It stays inside
-[0, 1], has width where every problem came out alike, and draws no random numbers. With k = 1 and scores of 0 or 1 it
-is Wilson's own interval. Coverage is simulated in `tests/evals/test_intervals.py`.
+the effective sample size of Korn & Graubard (1998) in the interval that Franco et al. (PMC6690503) recommend for
+clustered samples. It stays inside [0, 1], has width where every problem came out alike, and draws no random numbers.
+With k = 1 and scores of 0 or 1 it is Wilson's own interval. Coverage is simulated in `tests/evals/test_intervals.py`.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def wilson(mean: float, trials: float, z: float) -> tuple[float, float]:
 
 
 def student_quantile(p: float, df: int) -> float:
-    """Quantile of Student's t, relative error below 1 %: closed for 1 and 2 degrees, else Fisher & Cornish's expansion.
+    """Quantile of Student's t with `df` degrees of freedom; relative error below 2 % up to 99 % confidence.
 
-    Source: Abramowitz & Stegun 26.7.5.
+    Closed for 1 and 2 degrees, else the expansion of Abramowitz & Stegun 26.7.5.
     """
     if df == 1:
         return math.tan(math.pi * (p - 0.5))

@@ -56,8 +56,8 @@ def run_task(
     """Samples k answers to every problem, grades them and estimates avg@k.
 
     decode      response ids (int64 [T]) to the text the grader reads, special tokens left out.
-    tag         first part of the rollout ids, and so of their noise: the same tag at two steps compares two models under
-                the same random numbers; different tags draw fresh ones.
+    tag         first part of the rollout ids, and so of their noise: the same tag at two steps compares two models
+                under the same random numbers; different tags draw fresh ones.
     confidence  of the interval, two-sided.
     """
     rollouts_N = sampler.generate(task.prompts_P, task.params, tag=tag)

@@ -20,6 +20,9 @@ from opd.grading.worker import encode
 from opd.types import Grade, Row
 
 LONGEST_ANSWER = 1 << 16  # characters that are sent to a worker
+_MATH_SEARCHED = (
+    1 << 13
+)  # characters of an answer without a box that math-verify searches; its time grows faster than n
 
 _EXTRAS = {"math": ("math_verify", "opd[math]"), "reasoning_gym": ("reasoning_gym", "opd[reasoning-gym]")}
 
@@ -108,9 +111,17 @@ class _Sandboxed:
 
 def _math_task(row: Row, answer: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     found = boxed(answer)
-    text = answer[-LONGEST_ANSWER:] if found is None else rf"\boxed{{{found}}}"  # the last expression is at the end
+    text = _end(answer) if found is None else rf"\boxed{{{found}}}"
     reference = _text_reference(row, settings).strip("$")
     return {"answer": text, "reference": reference if boxed(reference) is not None else rf"\boxed{{{reference}}}"}
+
+
+def _end(text: str) -> str:
+    """The end of a long answer, where its last expression is; from the start of a line, lest a $...$ is cut in two."""
+    if len(text) <= _MATH_SEARCHED:
+        return text
+    _, newline, rest = text[-_MATH_SEARCHED:].partition("\n")
+    return rest if newline else text[-_MATH_SEARCHED:]
 
 
 def _reasoning_gym_task(row: Row, answer: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,10 +186,11 @@ def _tests(row: Row, settings: Mapping[str, Any]) -> str:
 
 def _check_reasoning_gym(row: Row, settings: Mapping[str, Any]) -> None:
     try:
-        entry = _reasoning_gym_task(row, "", settings)["entry"]
+        _reasoning_gym_task(row, "", settings)
     except TypeError as error:
         raise DataError(f"row {row.id}: its reasoning-gym entry or settings: {error}") from error
-    if "answer" not in row.columns["reasoning_gym_entry"]:
+    entry = row.columns["reasoning_gym_entry"]
+    if "answer" not in entry:
         raise DataError(f"row {row.id}: its reasoning-gym entry holds no 'answer', only {sorted(map(str, entry))}")
 
 

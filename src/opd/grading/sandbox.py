@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import selectors
+import shutil
 import signal
 import site
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -21,7 +23,7 @@ from typing import Any
 
 import opd
 from opd.errors import OpdError
-from opd.grading.worker import Verdict, read_frame, write_frame
+from opd.grading.worker import REPLY_BYTES, Verdict, read_frame, write_frame
 
 _START_SECONDS = 120.0  # to import the grader's library on a busy machine
 _GRACE_SECONDS = 10.0  # beyond an answer's own timeout before a silent worker is ended
@@ -52,7 +54,8 @@ class Sandbox:
         self.kind, self.timeout, self.workers = kind, timeout, workers
         self._lock = threading.Lock()
         self._pool: list[_Worker] = []
-        self._home = tempfile.TemporaryDirectory(prefix="opd-grading-", ignore_cleanup_errors=True)
+        self._home = tempfile.mkdtemp(prefix="opd-grading-")
+        self._remove_home = weakref.finalize(self, shutil.rmtree, self._home, ignore_errors=True)
 
     def run(self, tasks: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One (score or None, reason) for every task, in order. Raises OpdError when no worker can be started."""
@@ -102,14 +105,14 @@ class Sandbox:
         with self._lock:
             for worker in list(self._pool):
                 self._discard(worker)
-        self._home.cleanup()
+        self._remove_home()
 
     def _grow(self, tasks: int) -> None:
         """Replaces dead workers and starts new ones, all at the same time, until there is one for each task."""
         for worker in [w for w in self._pool if w.process.poll() is not None]:
             self._discard(worker)
         while len(self._pool) < min(self.workers, tasks):
-            self._pool.append(_Worker(self.kind, self.timeout, self._home.name))
+            self._pool.append(_Worker(self.kind, self.timeout, self._home))
 
     def _idle(self, busy: Mapping[_Worker, int]) -> _Worker | None:
         """A worker that is ready and has nothing to do; None when all are at work."""
@@ -177,7 +180,7 @@ class _Worker:
     def receive(self) -> Any:
         """The next reply, or None when the worker is gone."""
         with contextlib.suppress(OSError, ValueError):
-            return read_frame(self.replies)
+            return read_frame(self.replies, REPLY_BYTES)
         return None
 
     def kill(self) -> None:

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 from opd.grading import isolation
@@ -39,7 +40,8 @@ Verdict = tuple[float | None, str]
 _KEY_BYTES = 16
 _HEAD_BYTES = 1 + _KEY_BYTES + 4  # a question mark, the key, the length of the verdict
 _REASON_CHARACTERS = 300
-_REPLY_BYTES = 1 << 16
+REPLY_BYTES = 1 << 16
+_MOST_FILES = 1 << 16  # a bound on file numbers in a worker, which opens few
 
 
 # ---- the wire: four bytes of length, then JSON ------------------------------------------------------------------
@@ -52,10 +54,11 @@ def write_frame(file: int, message: Any) -> None:
         data = data[os.write(file, data) :]
 
 
-def read_frame(file: int) -> Any:
-    """The next message, or None when the other side is gone."""
+def read_frame(file: int, most: int = 1 << 32) -> Any:
+    """The next message; None when the other side is gone, or sends more than `most` bytes, which ours never does."""
     head = _read_exactly(file, 4)
-    body = head and _read_exactly(file, struct.unpack(">I", head)[0])
+    length = struct.unpack(">I", head)[0] if head else most
+    body = _read_exactly(file, length) if length < most else None
     return json.loads(body) if body else None
 
 
@@ -193,8 +196,9 @@ def grade_in_fork(grade: Callable[[], Verdict], setup: Mapping[str, Any], home: 
         try:
             os.setsid()
             isolation.die_with_parent(worker)
-            for file in (parent, out_read, key_write):
-                os.close(file)
+            keep = {out_write, key_read}
+            for first, last in pairwise(sorted({2, *keep, _MOST_FILES})):
+                os.closerange(first + 1, last)  # above all the pipes to the parent
             _answer_process(grade, setup, folder, out_write, key_read)
         finally:
             os._exit(1)
@@ -248,13 +252,13 @@ def _await_reply(out: int, key_file: int, parent: int, deadline: float) -> Verdi
     poll = select.poll()
     poll.register(out, select.POLLIN)
     poll.register(parent, 0)  # hang-up only: the parent is gone
-    while (left := deadline - time.monotonic()) > 0 and len(data) < _REPLY_BYTES:
+    while (left := deadline - time.monotonic()) > 0 and len(data) < REPLY_BYTES:
         events = dict(poll.poll(left * 1000))
         if parent in events:
             os._exit(0)  # the child dies with us
         if out not in events:
             continue
-        part = os.read(out, _REPLY_BYTES)
+        part = os.read(out, REPLY_BYTES)
         data += part
         if not part:
             return None

@@ -15,11 +15,11 @@ from opd.errors import TrainingDiverged
 from opd.learner.optim import learning_rate, make_optimizer
 from opd.learner.packing import pack, plan
 from opd.models.causal import CausalLM
+from opd.models.weights import ModuleWeights
 from opd.objectives.kernels.tiled import TokenRows, TokenValues, tiled_loss
 from opd.objectives.objective import Objective, TermWeights, batch_weights
 from opd.protocols import EvidenceHandle
 from opd.types import Batch, Rollout, ScorerRows, StepReport
-from opd.models.weights import ModuleWeights
 
 Invalid = dict[str, NDArray[np.bool_]]
 
@@ -64,6 +64,7 @@ class LocalLearner:
         A step whose loss or gradient is not finite changes nothing, is counted and reported; too many in a row raise
         TrainingDiverged.
         """
+        applied, metrics = False, {}
         try:
             for _ in range(self._spec.updates_per_batch):
                 metrics = self._accumulate(rollouts_N, evidence)

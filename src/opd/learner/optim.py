@@ -28,6 +28,4 @@ def make_optimizer(model: CausalLM, spec: Optim) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": spec.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True
-    )
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)

@@ -29,9 +29,7 @@ def plan(rollouts_N: Sequence[Rollout], tokens_per_micro_batch: int) -> list[lis
     return groups
 
 
-def pack(
-    rollouts: Sequence[Rollout], *, device: torch.device, side: Literal["left", "right"] = "right"
-) -> Batch:
+def pack(rollouts: Sequence[Rollout], *, device: torch.device, side: Literal["left", "right"] = "right") -> Batch:
     """One micro-batch. The state at a token's predecessor predicts it, hence column = its own column - 1."""
     sequences = [np.concatenate([r.prompt.ids, r.response_ids]) for r in rollouts]
     ids_NS, attention_NS, positions_NS = pad(sequences, device=device, side=side)

@@ -42,7 +42,7 @@ class Listener:
 
     on_step: Callable[[StepReport, Sequence[Rollout], dict[str, float]], None]
     on_phase: Callable[[str], None]
-    evaluate: Callable[[int], None]
+    evaluate: Callable[[int], object]
     every: int = 0
 
 

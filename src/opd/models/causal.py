@@ -123,8 +123,8 @@ class CausalLM:
         worst = (ours_TV - theirs_TV).abs().max().item()
         if worst > tolerance * max(1.0, theirs_TV.abs().max().item()):
             raise ModelError(
-                f"{self.name}: {type(self.module).__name__} does something between its last hidden state and its logits "
-                f"that opd does not know (difference {worst:.2g}). Please report this architecture."
+                f"{self.name}: {type(self.module).__name__} does something between its last hidden state and its "
+                f"logits that opd does not know (difference {worst:.2g}). Please report this architecture."
             )
 
 

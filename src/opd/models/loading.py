@@ -78,7 +78,7 @@ def generation_end_ids(spec: Model) -> tuple[int, ...]:
 
     config = _read_config(spec, "model")
     try:
-        named = GenerationConfig.from_pretrained(_source(spec), revision=spec.revision).eos_token_id
+        named = GenerationConfig.from_pretrained(_source(spec), **_revision(spec)).eos_token_id
     except OSError:  # no generation_config.json beside the weights
         named = getattr(config, "eos_token_id", None)
     if named is None:
@@ -118,7 +118,7 @@ def _load(
     except Exception as e:
         raise _explained(e, spec, role) from e
     if quantisation is None:
-        module = module.to(device)
+        module.to(device)  # pyright: ignore[reportArgumentType]
     module.eval()
     return CausalLM(
         module, vocab_size=vocab_size, compute_dtype=pick_dtype(spec.dtype, device), name=f"{role} {spec.model}"
@@ -141,10 +141,14 @@ def _source(spec: Model) -> str:
     return os.path.expanduser(spec.model)
 
 
+def _revision(spec: Model) -> dict[str, Any]:
+    return {} if spec.revision is None else {"revision": spec.revision}
+
+
 def _require_folder(source: str, role: str) -> None:
     """A path that is not there must not be looked up on the hub."""
     path = Path(source).expanduser()
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or os.sep != "/" and os.sep in source
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or (os.sep != "/" and os.sep in source)
     if looks_local and not path.is_dir():
         raise ModelError(f"{role}.model: there is no folder {source!r} (seen from {Path.cwd().name}/)")
     if path.is_dir() and not (path / "config.json").is_file():

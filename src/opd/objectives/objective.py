@@ -36,9 +36,7 @@ class Objective:
             return "full"
         return "sampled" if supports else None
 
-    def weights(
-        self, rollouts_N: Sequence[Rollout], invalid: Mapping[str, NDArray[np.bool_]]
-    ) -> TermWeights:
+    def weights(self, rollouts_N: Sequence[Rollout], invalid: Mapping[str, NDArray[np.bool_]]) -> TermWeights:
         """Term name to rollout id to float32 [T] weights, from the masks of the whole step.
 
         invalid   rollout id to bool [T]: tokens whose evidence is missing or not finite; they leave both the loss and

@@ -1,7 +1,7 @@
-"""Divergence shapes. A shape is a divergence D_f(q || p) = E_p[f(r)], r = q / p, of the student p from its target q.
+"""Divergence shapes. A shape is D_f(q || p) = E_p[f(r)], r = q / p, of the student p from its target q.
 
-Its gradient with respect to the student's logits is -p_v (h(r_v) - E_p[h]) with h(r) = r f'(r) - f(r), normalised so that
-h(1) = 0: student = target gives zero for every shape and under every weight (methods: f-divergences as advantages).
+Its gradient with respect to the student's logits is -p_v (h(r_v) - E_p[h]) with h(r) = r f'(r) - f(r), normalised
+so that h(1) = 0: student = target gives zero for every shape and under every weight.
 
 Each shape is three functions of log p and log q (same shape, natural logarithms, float):
 
@@ -11,7 +11,8 @@ Each shape is three functions of log p and log q (same shape, natural logarithms
 
     reverse KL   KL(p || q)                              f = -log r          h = log r
     forward KL   KL(q || p)                              f = r log r         h = r - 1
-    JSD(beta)    beta KL(q || m) + (1 - beta) KL(p || m) h = (1 - beta) log(beta r + 1 - beta),  m = beta q + (1 - beta) p
+    JSD(beta)    beta KL(q || m) + (1 - beta) KL(p || m) h = (1 - beta) log(beta r + 1 - beta)
+                 with m = beta q + (1 - beta) p
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ FORWARD_KL = ShapeMaths(
 
 
 def jensen_shannon(beta: float, *, normalised: bool) -> ShapeMaths:
-    """GKD's generalised JSD; `normalised` divides by beta (1 - beta), which tends to forward KL at 0, reverse KL at 1."""
+    """GKD's generalised JSD; `normalised` divides by beta (1 - beta): forward KL in the limit 0, reverse KL in 1."""
     constant = 1.0 / (beta * (1.0 - beta)) if normalised else 1.0
     log_beta, log_rest = math.log(beta), math.log1p(-beta)
 

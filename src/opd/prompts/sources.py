@@ -19,6 +19,7 @@ from opd.config.schema import (
     ReasoningGymSource,
     Source,
 )
+from opd.config.checks import source_name
 from opd.errors import DataError
 from opd.prompts.rows import RowReader, named
 from opd.types import Row
@@ -38,18 +39,6 @@ def read_source(source: Source) -> list[Row]:
     if not rows:
         raise DataError(f"{name}: there are no rows in {_place(source)}")
     return rows
-
-
-def source_name(source: Source) -> str:
-    """How reports call a source: its `name`, else the stem of its file, its dataset's last name, or its task."""
-    if source.name is not None:
-        return source.name
-    if isinstance(source, ReasoningGymSource):
-        return source.task
-    if isinstance(source, InlineSource):
-        return "inline"
-    last = Path(source.path).name
-    return last.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json").removesuffix(".parquet")
 
 
 def _records(source: Source) -> Iterator[tuple[str, Any]]:

@@ -56,6 +56,22 @@ def comparison(rows: Sequence[Mapping[str, Any]], console: Console | None = None
     _show(console or Console(), title, ("", "accuracy", "interval", "tokens", "time"), made, [])
 
 
+def scores(results: Sequence[Any], console: Console | None = None) -> None:
+    """One model on several tasks; each result is an `opd.evals.tasks.EvalResult`."""
+    rows, notes = [], []
+    for result in results:
+        estimate = result.estimate
+        known = None if estimate.mean is None else vars(estimate)
+        taken = (f"{estimate.n} x {estimate.k}", percent(result.truncated_share))
+        rows.append((*_score(result.task, known), *taken))
+        if estimate.missing:
+            notes.append(f"{result.task}: {counted(estimate.missing, 'answer')} could not be graded and were left out")
+    methods = dict.fromkeys(r.estimate.ci_method for r in results if r.estimate.ci_method)
+    if methods:
+        notes.append(f"intervals: {', '.join(methods)}")
+    _show(console or Console(), "", ("", "accuracy", "interval", "problems x answers", "cut off"), rows, notes)
+
+
 def memory(parts: Mapping[str, int], available: int | None, console: Console | None = None) -> None:
     """Bytes by part, their sum, and whether it fits into `available` (None: not known)."""
     need = sum(parts.values())

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from opd.models.causal import CausalLM
 from opd.models.padding import pad
-from opd.objectives.head import head_logits
 from opd.rollouts.lean_weights import Norm, gather
 from opd.rollouts.writing import PREFILL_TOKENS
 
@@ -82,7 +81,7 @@ class LeanDecoder:
         hidden_MD = self._run(ids_PT.flatten(), position_M, attend)
         length_P = np.array([len(prompt) for prompt in prompts])
         last_P = torch.from_numpy(np.arange(P) * T + length_P - 1).to(self._device)
-        return Prefilled(keys, values, length_P), self._logits(hidden_MD[last_P])
+        return Prefilled(keys, values, length_P), self._weights.logits(hidden_MD[last_P])
 
     @torch.inference_mode()
     def join(self, prefilled: Prefilled, prompt_n: list[int]) -> None:
@@ -120,7 +119,7 @@ class LeanDecoder:
 
         hidden_ND = self._run(token_N, position_N, attend)
         self._length_N = self._length_N + 1
-        return self._logits(hidden_ND)
+        return self._weights.logits(hidden_ND)
 
     @torch.inference_mode()
     def keep(self, row_n: list[int]) -> None:
@@ -154,9 +153,6 @@ class LeanDecoder:
             update_MD = layer.down(layer.activation(gate) * up)
             x_MD = x_MD + (layer.after_mlp(update_MD) if layer.after_mlp else update_MD)
         return w.final_norm(x_MD)
-
-    def _logits(self, hidden_ND: Tensor) -> Tensor:
-        return head_logits(hidden_ND.to(self._weights.dtype), self._weights.head)
 
     def _rope_tables(self, length: int) -> tuple[dict[str | None, Tensor], dict[str | None, Tensor]]:
         """Cosine and signed sine [length, d] per rope, by the module's own rotary embedding, scalings included."""

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd.models.causal import CausalLM
+from opd.objectives.head import head_logits
 from opd.types import Head
 
+_USUAL_ROWS = 64  # only a hint for the packed layout; any number of rows may be multiplied
 STATIC_ROPES = {"default", "linear", "llama3", "yarn"}  # frequencies that do not depend on the sequence
 
 
@@ -27,17 +30,28 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = torch.nn.functional.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        wide = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
         return wide.to(x.dtype)
 
 
-@dataclass(frozen=True)
 class Linear:
-    weight: Tensor
-    bias: Tensor | None
+    """x @ weight.T + bias in the dtype of the weight.
+
+    On a CPU in float32 the weight is packed for oneDNN, torch's other matrix library: the same product, at about twice
+    the speed of the default one on AMD processors and no slower elsewhere. Packing is worth it because a weight is used
+    for many tokens before it changes; it is a copy.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self._packed: Tensor | None = None
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        if self._packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return F.linear(x.to(self._weight.dtype), self._weight, self._bias)
 
 
 @dataclass(frozen=True)
@@ -62,13 +76,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class LeanWeights:
-    """`embed` and `rotary` are the module's own; projections are in the compute dtype, norms in float32."""
+    """`embed` and `rotary` are the module's own; projections are in the compute dtype, norms in float32.
+
+    `logits` takes hidden states [N, D] to float32 [N, V] over real tokens.
+    """
 
     embed: Callable[[Tensor], Tensor]
     rotary: Callable[..., tuple[Tensor, Tensor]]
     layers: tuple[Layer, ...]
     final_norm: Norm
-    head: Head
+    logits: Callable[[Tensor], Tensor]
     heads: int
     kv_heads: int
     head_dim: int
@@ -149,18 +166,25 @@ def gather(model: CausalLM) -> LeanWeights:
                 rope=kind if "rope_type" not in config.rope_parameters else None,
             )
         )
-    head = model.head
     return LeanWeights(
         embed=body.embed_tokens,
         rotary=body.rotary_emb,
         layers=tuple(layers),
         final_norm=_norm(body.norm),
-        head=replace(head, weight_VD=head.weight_VD.detach().to(dtype)),
+        logits=_logits(model.head, dtype),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
         dtype=dtype,
     )
+
+
+def _logits(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    weight_VD = head.weight_VD[: head.vocab_size].detach().to(dtype)
+    if dtype == torch.float32 and head.scale == 1.0 and head.softcap is None and head.order_V is None:
+        return Linear(weight_VD, None if head.bias_V is None else head.bias_V[: head.vocab_size].detach())
+    cast = replace(head, weight_VD=weight_VD)
+    return lambda hidden_ND: head_logits(hidden_ND.to(dtype), cast)
 
 
 def _norm(norm: Any) -> Norm:

@@ -92,7 +92,9 @@ class LocalTeacher:
         logits_NV = head_logits(hidden_NSD[torch.arange(len(sequences)), last], self.head)
         self.release()
         if not torch.isfinite(logits_NV).all():
-            raise ModelError(f"{self.model.name} gives NaN or infinite scores on your first prompts; is its checkpoint whole?")
+            raise ModelError(
+                f"{self.model.name} gives NaN or infinite scores on your first prompts; is its checkpoint whole?"
+            )
         logq_NV = torch.log_softmax(logits_NV / self.temperature, -1)
         entropy = -(logq_NV.exp() * logq_NV).sum(-1).mean().item()
         highest = math.log(self.head.vocab_size)

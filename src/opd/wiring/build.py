@@ -1,9 +1,10 @@
-"""From a config to live rooms, cheapest checks first: nothing is loaded before everything that can be known is known."""
+"""From a config to live rooms, cheapest checks first: no weights are loaded before all that can be known is known."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 from opd.config.schema import Config, Evals, Model, Sampling, Task
 from opd.costs.size import ModelSize, model_size
 from opd.errors import BadInput, ModelError
@@ -137,4 +138,3 @@ def check_context(config: Config, texts: Texts, prompts: PromptStream, tasks: Se
 def config_size(spec: Model, role: str, parameters: int | None = None) -> ModelSize:
     """The counts of a model from its config alone, or with its exact number of parameters."""
     return model_size(read_config(spec, role).to_dict(), parameters)
-

@@ -131,9 +131,13 @@ def _memory(config: Config, prompts: PromptStream) -> list[str]:
     if free is None:
         lines.append("this system does not say how much is free")
     else:
-        verdict = "it fits" if need <= free else (
-            "IT DOES NOT FIT: lower learner.tokens_per_micro_batch, engine.slots or sampling.max_tokens, "
-            "set student.gradient_checkpointing=true, or offload the teacher"
+        verdict = (
+            "it fits"
+            if need <= free
+            else (
+                "IT DOES NOT FIT: lower learner.tokens_per_micro_batch, engine.slots or sampling.max_tokens, "
+                "set student.gradient_checkpointing=true, or offload the teacher"
+            )
         )
         lines.append(f"{'free now':<28} {free / 2**30:8.2f} GiB: {verdict}")
     return lines

@@ -77,7 +77,7 @@ def distill(
     student, teacher   a folder or hub name, or a mapping as in the config.
     prompts            a JSONL or Parquet file, a list of rows (strings, or mappings with a prompt column), or a mapping
                        as in the config.
-    config             config files to start from.
+    config             config files to start from; the other arguments win over them.
     overrides          sections of the config as mappings, e.g. `optim={"lr": 1e-5}, run={"steps": 50}`.
     Raises ConfigError, DataError or ModelError before anything expensive when the input cannot work.
     """
@@ -88,7 +88,7 @@ def distill(
     if prompts is not None:
         given["prompts"] = _prompts(prompts)
     files = [config] if isinstance(config, str | Path) else list(config)
-    return execute(load_config(files, (), base=given).config, console=Console(quiet=quiet))
+    return execute(load_config([*files, given]).config, console=Console(quiet=quiet))
 
 
 def execute(config: Config, *, console: Console | None = None) -> Run:
@@ -182,7 +182,7 @@ class _Session:
         )
 
     def run(self) -> Run:
-        config, steps = self.config, self.config.run.steps
+        steps = self.config.run.steps
         status: Status = "done"
         error: OpdError | None = None
         self.view.start(steps, self._headline())
@@ -331,7 +331,7 @@ class _Session:
             f"student {config.student.model}",
             f"teacher {teacher}",
             f"objective {config.objective.preset or terms}",
-            f"{len(self.prompts)} prompts, {config.prompts.per_step} a step x {config.sampling.samples_per_prompt} answers",
+            f"{len(self.prompts)} prompts, {config.prompts.per_step} of them a step",
             f"folder {self.folder.path}",
         ]
 

@@ -1,14 +1,14 @@
 """From hidden states to loss and gradients, a tile of tokens at a time: the logits of a whole batch never exist.
 
-One pass serves every term of the objective. Per tile of C tokens the student's and the scorers' logits are made once, the
-gradient with respect to the student's logits is written down in closed form, and carried at once into the hidden states
-and the head:
+One pass serves every term of the objective. Per tile of C tokens the student's and the scorers' logits are made once,
+the gradient with respect to the student's logits is written down in closed form, and carried at once into the hidden
+states and the head:
 
     full support       d loss / d z_v = -w p_v (h(r_v) - E_p[h])
     sampled token y    d loss / d z_v = -w s (1[v = y] - p_v),    s = advantage x importance ratio, held fixed
     data token y       the same with s = 1 (cross-entropy)
 
-Everything that is not a matrix product is float32, and so is the sum of the head's gradient (float64 for float64 models).
+Everything that is not a matrix product is float32, as is the sum of the head's gradient (float64 for float64 models).
 """
 
 from __future__ import annotations
