@@ -133,7 +133,7 @@ def loss_on(
     objective: str = "reverse_kl",
     beta: float = 0.5,
 ) -> Tensor:
-    """The loss of a batch, a scalar: the mean over all response tokens of all sequences; autograd reaches the student."""
+    """The loss of a batch: the mean over all response tokens of all sequences; a scalar that autograd can follow."""
     return torch.cat([compare(student, teacher, one, objective, beta)[0] for one in sequences]).mean()
 
 
@@ -166,7 +166,7 @@ def distil(
         sequences = [s for p in asked for s in sample(student, [p] * samples, max_tokens, end_ids, generator)]
         tokens = sum(len(response_ids) for _, response_ids, _ in sequences)
         for group in optimiser.param_groups:
-            group["lr"] = lr * (1 - step / steps)
+            group["lr"] = lr * min(1, (step + 1) / 10) * (1 - step / steps)
         optimiser.zero_grad()
         loss = reverse_kl = 0.0
         for sequence in sequences:
@@ -231,8 +231,10 @@ def small_model(width: int, seed: int) -> PreTrainedModel:
 
 def teach(model: PreTrainedModel, steps: int, seed: int) -> None:
     """Ordinary supervised training on right answers; all sequences have one length."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
         prompts = sorting_prompts(128, seed=1_000_000 * seed + step)
         ids = torch.tensor([[*p, *sorted(p[:-1]), END] for p in prompts])
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, len(prompts[0]) - 1 :]

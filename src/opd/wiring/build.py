@@ -62,6 +62,12 @@ def sampling_params(spec: Sampling, fmt: PromptFormat, *, samples: int | None = 
     )
 
 
+def training_params(config: Config, texts: Texts) -> SamplingParams:
+    """How the answers of a step come about; a row of data has one answer, whatever the config says."""
+    samples = 1 if config.objective.behaviour == "dataset" else None
+    return sampling_params(config.sampling, texts.student, samples=samples)
+
+
 def load_prompts(config: Config, fmt: PromptFormat) -> PromptStream:
     """The training prompts, rendered in the student's format."""
     spec = config.prompts

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
+from rich.console import Console
 
 from opd.config.objective import Term
 from opd.config.schema import Config, Model
 from opd.costs.memory import available_memory, training_memory
-from opd.costs.size import ModelSize
 from opd.journal.folder import check as check_folder
 from opd.models.loading import pick_device, pick_dtype, read_config
 from opd.prompts.mixture import PromptStream
-from opd.reports.printable import printable
+from opd.reports.figures import count, counted
+from opd.reports.progress import say
+from opd.reports.table import memory
 from opd.text.agreement import rendered_difference
 from opd.text.formats import PromptFormat
 from opd.wiring.build import Texts, check_context, config_size, load_prompts, load_tasks, load_texts
@@ -19,8 +21,9 @@ from opd.wiring.build import Texts, check_context, config_size, load_prompts, lo
 SHAPES = {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)", "jsd": "JSD"}
 
 
-def dry_run(config: Config) -> str:
-    """Text for a person. Raises what the run itself would raise before its models are loaded."""
+def dry_run(config: Config, console: Console | None = None) -> None:
+    """Prints it for a person. Raises what the run itself would raise before its models are loaded."""
+    console = console or Console()
     texts = load_texts(config)
     prompts = load_prompts(config, texts.student)
     tasks = load_tasks(config.evals)
@@ -31,17 +34,19 @@ def dry_run(config: Config) -> str:
             task.grader.close()
     check_folder(config.run.folder, overwrite=config.run.overwrite, config=config.model_dump(mode="json"))
     sections = [
-        ("Models", _models(config)),
-        ("Text", _texts(texts)),
-        ("Prompts", _prompts(config, prompts)),
-        ("Objective", [_term(term) for term in config.objective.terms]),
-        ("Evals", [f"{t.spec.name}: {len(t.rows)} problems x {t.spec.samples}" for t in tasks] or ["none"]),
-        ("Memory on the student's device", _memory(config, prompts)),
-        ("The first prompt", _first_prompt(texts, prompts)),
+        ("models", _models(config)),
+        ("text", _texts(texts)),
+        ("prompts", _prompts(config, prompts)),
+        ("objective", [_term(term) for term in config.objective.terms]),
+        ("evals", [f"{t.spec.name}: {counted(len(t.rows), 'problem')}, {counted(t.spec.samples, 'answer')} each" for t in tasks] or ["none"]),
+        ("the first prompt", _first_prompt(texts, prompts)),
     ]
-    return "\n".join(
-        line for title, lines in sections for line in (title, *(f"  {printable(text)}" for text in lines), "")
-    )
+    for title, lines in sections:
+        say(console, title, "bold")
+        for line in lines:
+            say(console, f"  {line}")
+        say(console, "")
+    _memory(config, prompts, console)
 
 
 def _models(config: Config) -> list[str]:
@@ -55,7 +60,7 @@ def _models(config: Config) -> list[str]:
         compute = str(pick_dtype(spec.dtype, device)).removeprefix("torch.")
         stored = "float32 weights" if role == "student" else f"{compute} weights"
         lines.append(
-            f"{role}  {spec.model}  {architecture}, about {size.parameters / 1e6:,.1f}M parameters, "
+            f"{role}  {spec.model}  {architecture}, about {count(size.parameters)} parameters, "
             f"{stored}, {compute} compute, on {device}"
         )
     return lines
@@ -105,42 +110,37 @@ def _term(term: Term) -> str:
     )
 
 
-def _memory(config: Config, prompts: PromptStream) -> list[str]:
-    student, device = config.student, pick_device(config.student.device)
-    teacher = config.teacher
+def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
+    """What the student's device must hold, and what it has."""
+    student, teacher = config.student, config.teacher
+    device = pick_device(student.device)
     together = teacher is not None and pick_device(teacher.device) == device
-    teacher_size: ModelSize | None = config_size(teacher, "teacher") if teacher is not None and together else None
+    teacher_dtype = "float32"
+    if teacher is not None:
+        teacher_dtype = _dtype(teacher) if teacher.quantisation == "none" else teacher.quantisation
     parts = training_memory(
         config_size(student, "student"),
-        teacher_size,
+        config_size(teacher, "teacher") if teacher is not None and together else None,
         student_dtype=_dtype(student),
-        teacher_dtype=_dtype(teacher) if teacher is not None else "float32",
+        teacher_dtype=teacher_dtype,
         tokens_per_micro_batch=config.learner.tokens_per_micro_batch,
         chunk_tokens=config.learner.chunk_tokens,
-        slots=config.engine.slots,
+        slots=min(config.engine.slots, config.prompts.per_step * config.sampling.samples_per_prompt),
         max_len=prompts.longest + config.sampling.max_tokens,
         gradient_checkpointing=student.gradient_checkpointing,
     )
-    lines = [f"{name:<28} {value / 2**30:8.2f} GiB" for name, value in parts.items()]
-    need = sum(parts.values())
-    lines.append(f"{'together, at most about':<28} {need / 2**30:8.2f} GiB")
     if device.type == "cuda":
-        free: int | None = torch.cuda.mem_get_info(device)[0]
+        available: int | None = torch.cuda.mem_get_info(device)[0]
     else:
-        free = available_memory("mps" if device.type == "mps" else "cpu")
-    if free is None:
-        lines.append("this system does not say how much is free")
-    else:
-        verdict = (
-            "it fits"
-            if need <= free
-            else (
-                "IT DOES NOT FIT: lower learner.tokens_per_micro_batch, engine.slots or sampling.max_tokens, "
-                "set student.gradient_checkpointing=true, or offload the teacher"
-            )
+        available = available_memory("mps" if device.type == "mps" else "cpu")
+    memory(parts, available, console)
+    if available is not None and sum(parts.values()) > available:
+        say(
+            console,
+            "lower learner.tokens_per_micro_batch, engine.slots or sampling.max_tokens, set "
+            "student.gradient_checkpointing=true, or teacher.offload=cpu",
+            "yellow",
         )
-        lines.append(f"{'free now':<28} {free / 2**30:8.2f} GiB: {verdict}")
-    return lines
 
 
 def _dtype(spec: Model) -> str:

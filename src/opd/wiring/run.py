@@ -36,7 +36,7 @@ from opd.reports.table import results
 from opd.rollouts.dataset import DatasetAnswers
 from opd.rollouts.engine import EmbeddedEngine
 from opd.teachers.local import LocalTeacher
-from opd.types import Rollout, StepReport
+from opd.types import Rollout, SamplingParams, StepReport
 from opd.wiring.build import (
     PreparedTask,
     Texts,
@@ -45,7 +45,7 @@ from opd.wiring.build import (
     load_prompts,
     load_tasks,
     load_texts,
-    sampling_params,
+    training_params,
 )
 
 
@@ -104,6 +104,7 @@ def execute(config: Config, *, console: Console | None = None) -> Run:
         tasks = load_tasks(config.evals)
     try:
         check_context(config, texts, prompts, tasks)
+        params = training_params(config, texts)
         folder = RunFolder.create(
             config.run.folder,
             overwrite=config.run.overwrite,
@@ -113,7 +114,7 @@ def execute(config: Config, *, console: Console | None = None) -> Run:
             needed_bytes=4 * config_size(config.student, "student").parameters,
         )
         with folder, view:
-            return _Session(config, texts, prompts, tasks, folder, view, ledger).run()
+            return _Session(config, texts, prompts, tasks, params, folder, view, ledger).run()
     finally:
         for task in tasks:
             task.grader.close()
@@ -141,12 +142,13 @@ class _Session:
         texts: Texts,
         prompts: Any,
         tasks: list[PreparedTask],
+        params: SamplingParams,
         folder: RunFolder,
         view: RunView,
         ledger: Ledger,
     ) -> None:
         self.config, self.texts, self.prompts, self.tasks = config, texts, prompts, tasks
-        self.folder, self.view, self.ledger = folder, view, ledger
+        self.params, self.folder, self.view, self.ledger = params, folder, view, ledger
         self.before: dict[str, EvalResult] = {}
         self.after: dict[str, EvalResult] = {}
         self.teacher_results: dict[str, EvalResult] = {}
@@ -215,16 +217,15 @@ class _Session:
         return EmbeddedEngine(model, seed=self.config.run.seed, slots=engine.slots, path=engine.path)
 
     def _rooms(self) -> Rooms:
-        config, texts = self.config, self.texts
-        from_data = config.objective.behaviour == "dataset"
-        sampler: Sampler = DatasetAnswers() if from_data else self.engine
+        config = self.config
+        sampler: Sampler = DatasetAnswers() if config.objective.behaviour == "dataset" else self.engine
         reads_teacher = self.objective.resolution is not None
         return Rooms(
             prompts=self.prompts,
             sampler=sampler,
             teacher=self.teacher if reads_teacher else None,
             learner=self.learner,
-            params=sampling_params(config.sampling, texts.student, samples=1 if from_data else None),
+            params=self.params,
             student_size=config_size(config.student, "student", self.student.parameter_count),
             teacher_size=(
                 config_size(config.teacher, "teacher", self.teacher.model.parameter_count)
@@ -252,8 +253,7 @@ class _Session:
         self.view.step({"step": report.step, "applied": report.applied, **numbers})
 
     def _bad_step(self, step: int, facts: dict[str, Any]) -> None:
-        path = self.folder.dump(step, "not-finite", facts)
-        self.view.message(f"step {step}: loss or gradient not finite, skipped; see {path.name}")
+        self.folder.dump(step, "not-finite", facts)
 
     def _evaluate(self, step: int) -> dict[str, EvalResult]:
         """The student on every task. The noise is the same at every step, so that differences are the student's."""

@@ -1,0 +1,223 @@
+"""`opd train` as a person runs it: tiny real models on disk, real data files, exit codes, what is left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd.cli import main as cli
+from opd.journal.reader import read_evals, read_metrics, read_rollouts, read_summary
+from tests import tiny
+
+
+def opd(*items: str) -> int:
+    """The exit code of `opd ITEMS...`."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr("sys.argv", ["opd", *map(str, items)])
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """Two models of one tokenizer, prompts and held-out problems."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny.save(folder / "student", "qwen3", seed=0)
+    tiny.save(folder / "teacher", "llama", seed=1, scale=10.0)
+    rows = [{"prompt": f"What is {i} + {j}?", "answer": str(i + j)} for i in range(6) for j in range(6)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": row["prompt"], "completion": f"{row['answer']}."} for row in rows]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return folder
+
+
+def recipe(world: Path, tmp_path: Path, **changes: object) -> list[str]:
+    """A short run as overrides; `changes` use `__` for the dots."""
+    options = {
+        "student.model": world / "student",
+        "teacher.model": world / "teacher",
+        "prompts.sources": json.dumps([{"kind": "jsonl", "path": str(world / "prompts.jsonl")}]),
+        "prompts.per_step": 8,
+        "sampling.samples_per_prompt": 2,
+        "sampling.max_tokens": 10,
+        "optim.lr": 1e-2,
+        "run.steps": 3,
+        "run.threads": 1,
+        "run.folder": tmp_path / "run",
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    return [f"{key}={value}" for key, value in options.items() if value is not None]
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_every_kind_of_model_trains_and_its_kl_falls(world: Path, tmp_path: Path, kind: str) -> None:
+    """Twenty steps on one fixed set of prompts; the last model loads in transformers and gives what was trained."""
+    tiny.save(tmp_path / "student", kind, seed=0, scale=1.0)
+    tiny.save(tmp_path / "teacher", kind, seed=1, scale=10.0)
+    changes = {"student__model": tmp_path / "student", "teacher__model": tmp_path / "teacher"}
+    assert opd("train", *recipe(world, tmp_path, **changes, run__steps=16)) == 0
+    seen = [line["reverse_kl"] for line in read_metrics(tmp_path / "run")]
+    assert np.mean(seen[-3:]) < 0.85 * np.mean(seen[:3])
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert type(after) is type(before)
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize("preset", ["forward_kl", "jsd", "tml"])
+def test_every_preset_with_a_teacher_trains(world: Path, tmp_path: Path, preset: str) -> None:
+    assert opd("train", *recipe(world, tmp_path, objective__preset=preset)) == 0
+    assert read_summary(tmp_path / "run")["preset"] == preset
+
+
+def test_sft_trains_on_the_data_without_a_teacher(world: Path, tmp_path: Path) -> None:
+    sources = json.dumps([{"kind": "jsonl", "path": str(world / "pairs.jsonl")}])
+    changes = {"objective__preset": "sft", "teacher__model": None, "prompts__sources": sources, "run__steps": 12}
+    assert opd("train", *recipe(world, tmp_path, **changes)) == 0
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
+    assert losses[-1] < 0.8 * losses[0]
+    (rollout, *_) = read_rollouts(tmp_path / "run", 1)
+    assert rollout["behaviour"] == "dataset" and rollout["response"].endswith("<|im_end|>")
+
+
+def test_the_run_folder_tells_the_whole_story(world: Path, tmp_path: Path, capsys) -> None:
+    task = {"name": "sums", "grader": {"kind": "numeric"}}
+    task["source"] = {"kind": "jsonl", "path": str(world / "prompts.jsonl"), "limit": 6}
+    assert opd("train", *recipe(world, tmp_path, evals__tasks=json.dumps([task]), evals__every=2)) == 0
+    run = tmp_path / "run"
+    summary = read_summary(run)
+    assert summary["status"] == "done" and summary["steps"] == 3 and summary["task"] == "sums" and summary["n"] == 6
+    assert all(set(summary[who]) == {"mean", "low", "high"} for who in ("student_before", "student_after", "teacher"))
+    metrics = read_metrics(run)
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert summary["tokens"] == sum(line["trained_tokens"] for line in metrics)
+    assert [(e["step"], e["model"]) for e in read_evals(run)] == [
+        (0, "student"),
+        (0, "teacher"),
+        (2, "student"),
+        (3, "student"),
+    ]
+    rollouts = list(read_rollouts(run))
+    assert len(rollouts) == 3 * 8 * 2 and len({r["id"] for r in rollouts}) == len(rollouts)
+    assert (run / "final" / "README.md").read_text().startswith("---")
+    printed = capsys.readouterr().out
+    assert "student after" in printed and "\x1b" not in printed
+    # The resolved config is the run: the same numbers come out again.
+    assert opd("train", run / "config.json", f"run.folder={tmp_path / 'again'}") == 0
+    assert [line["loss"] for line in read_metrics(tmp_path / "again")] == [line["loss"] for line in metrics]
+
+
+def test_reasoning_gym_prompts_and_grader(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    gym = {"kind": "reasoning_gym", "task": "chain_sum", "size": 16, "settings": {"max_terms": 2, "max_digits": 1}}
+    task = {"name": "sums", "source": {**gym, "seed": 1, "size": 4}, "grader": {"kind": "reasoning_gym"}}
+    changes = {"prompts__sources": json.dumps([gym]), "evals__tasks": json.dumps([task])}
+    assert opd("train", *recipe(world, tmp_path, **changes, run__steps=2)) == 0
+    assert read_summary(tmp_path / "run")["student_after"] is not None
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(world: Path, tmp_path: Path, capsys) -> None:
+    assert opd("train", "--dry-run", *recipe(world, tmp_path)) == 0
+    printed = capsys.readouterr().out
+    for words in ("Qwen3ForCausalLM", "LlamaForCausalLM", "36 usable", "difference: none", "KL(student || teacher)"):
+        assert words in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_may_be_written_with_dashes(world: Path, tmp_path: Path) -> None:
+    items = recipe(world, tmp_path, run__steps=1)
+    assert opd("train", *items, "--optim.lr", "5e-3", "--sampling.max_tokens=4") == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["optim"]["lr"] == 5e-3 and config["sampling"]["max_tokens"] == 4
+
+
+# ---- bad input: exit code 2, a message that names the way out, before weights are loaded ---------------------------
+
+
+def refused(capsys, *items: str) -> str:
+    """The message of a command that ends with exit code 2."""
+    assert opd(*items) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture
+def no_weights(monkeypatch) -> None:
+    """Loading weights is too late for an error."""
+    monkeypatch.setattr("opd.wiring.run.load_student", lambda *_: pytest.fail("weights were loaded"))
+
+
+BAD = {
+    "missing model": ({"student__model": "./nowhere"}, "./nowhere"),
+    "typo": ({"optim__lrr": 1e-5}, "optim.lr"),
+    "missing data": ({"prompts__sources": '[{"kind": "jsonl", "path": "gone.jsonl"}]'}, "gone.jsonl"),
+    "missing column": ({"prompts__sources": '[{"kind": "inline", "rows": [{"question": "a"}]}]'}, "question"),
+    "context too small": ({"sampling__max_tokens": 10**6}, "positions"),
+    "temperature 0": ({"sampling__temperature": 0}, "sampling.temperature"),
+    "all filtered": ({"prompts__max_prompt_tokens": 3}, "max_prompt_tokens"),
+    "no teacher": ({"teacher__model": None}, "teacher"),
+    "unknown preset": ({"objective__preset": "reverse"}, "reverse_kl"),
+    "unknown stop token": ({"sampling__stop_tokens": '["not one token"]'}, "stop_tokens"),
+}
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_weights_are_loaded(world: Path, tmp_path: Path, capsys, name: str) -> None:
+    changes, named = BAD[name]
+    assert named in refused(capsys, "train", *recipe(world, tmp_path, **changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_malformed_data_names_file_and_line(world: Path, tmp_path: Path, capsys) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"prompt": "fine"}\n{"prompt": \n')
+    sources = json.dumps([{"kind": "jsonl", "path": str(data)}])
+    assert f"{data}:2" in refused(capsys, "train", *recipe(world, tmp_path, prompts__sources=sources))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_A_02_A_12_different_tokenizers_are_refused_and_said(world: Path, tmp_path: Path, capsys) -> None:
+    """Same size, two ids exchanged."""
+    tiny.save(tmp_path / "teacher", "llama", seed=1)
+    path = tmp_path / "teacher" / "tokenizer.json"
+    words = json.loads(path.read_text())
+    vocab = words["model"]["vocab"]
+    a, b = "Ġthe" if "Ġthe" in vocab else "th", "an" if "an" in vocab else "a"
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    path.write_text(json.dumps(words))
+    message = refused(capsys, "train", *recipe(world, tmp_path, teacher__model=tmp_path / "teacher"))
+    assert "different tokenizers" in message
+
+
+def test_A_01_padded_vocabularies_of_one_tokenizer_are_fine(world: Path, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "teacher", "llama", seed=1, vocab_size=320)
+    assert opd("train", *recipe(world, tmp_path, teacher__model=tmp_path / "teacher", run__steps=1)) == 0
+    ids = [token for rollout in read_rollouts(tmp_path / "run") for token in rollout["response_ids"]]
+    assert max(ids) < 300
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.0, "uniform"), (float("nan"), "NaN")])
+def test_X_09_a_teacher_that_knows_nothing_is_refused(world, tmp_path, capsys, value: float, said: str) -> None:
+    tiny.save(tmp_path / "teacher", "llama", seed=1, tie_word_embeddings=False)
+    path = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = torch.full_like(tensors["lm_head.weight"], value)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert said in refused(capsys, "train", *recipe(world, tmp_path, teacher__model=tmp_path / "teacher"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world: Path, tmp_path: Path, capsys) -> None:
+    items = recipe(world, tmp_path, run__steps=1)
+    assert opd("train", *items) == 0
+    assert "run.overwrite=true" in refused(capsys, "train", *items)
+    assert opd("train", *items, "run.overwrite=true") == 0
