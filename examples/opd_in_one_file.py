@@ -229,16 +229,16 @@ def small_model(width: int, seed: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def teach(model: PreTrainedModel, steps: int, seed: int) -> None:
-    """Ordinary supervised training on right answers; all sequences have one length."""
+def teach(model: PreTrainedModel, prompts: list[list[int]], steps: int) -> None:
+    """Ordinary supervised training on the right answers to these prompts."""
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    order = random.Random(0)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
-        prompts = sorting_prompts(128, seed=1_000_000 * seed + step)
-        ids = torch.tensor([[*p, *sorted(p[:-1]), END] for p in prompts])
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, len(prompts[0]) - 1 :]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, len(prompts[0]) :].flatten())
+        ids = torch.tensor([[*p, *sorted(p[:-1]), END] for p in order.choices(prompts, k=128)])
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits[:, 4:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 5:].flatten())
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -277,9 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
         student, teacher, prompts, end_ids = load(args.student, args.teacher, args.prompts)
     else:
         student, teacher = small_model(32, seed=1), small_model(48, seed=2)
-        prompts, end_ids = sorting_prompts(2000, seed=0), {END}
-        teach(teacher, 400, seed=1)
-        teach(student, 100, seed=2)
+        prompts, end_ids = sorting_prompts(5000, seed=0), {END}
+        teach(teacher, prompts, steps=300)
+        teach(student, prompts[:300], steps=200)
         print(f"answers right before: {accuracy(student):.1%}, teacher {accuracy(teacher):.1%}")
     options = ("steps", "lr", "prompts_per_step", "samples", "max_tokens", "objective", "beta", "seed")
     history = distil(student, teacher, prompts, end_ids=end_ids, **{name: getattr(args, name) for name in options})

@@ -107,6 +107,11 @@ def test_math(mathematics):
     assert scores(mathematics, rows, answers) == wanted
 
 
+def test_a_long_answer_without_a_box_is_not_cut_inside_an_expression():
+    assert graders._end("$" + "a + " * 5000 + "1$\nso $7$") == "so $7$"
+    assert graders._end("7 " * 5000).startswith("7 ")
+
+
 def test_E_09_math_grades_off_the_main_thread(mathematics):
     found = []
     thread = threading.Thread(target=lambda: found.extend(mathematics.grade([row(answer="1/2")], [r"\boxed{0.5}"])))

@@ -55,6 +55,7 @@ def test_right_and_wrong_code(sandbox):
         ("import sys; sys.exit(0)", "SystemExit"),
         ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
         ("x = bytearray(100 << 30)", "MemoryError"),
+        ("x = bytearray(3 << 30)", "MemoryError"),
         ("def f(): f()\nf()", "RecursionError"),
         ("(" * 9999, "SyntaxError"),
         ("import os; os.abort()", "ended its process with SIG"),
@@ -71,6 +72,9 @@ def test_S_11_code_that_ends_its_process_scores_0_with_the_reason(sandbox, answe
         "print(1.0, '')\nimport os\nfor i in range(3): os.write(i, b'1.0')",
         "import os\nreply = b'?' + bytes(16) + b'\\0\\0\\0\\x09[1.0, \"\"]'\n"
         "for i in range(3, 64):\n try: os.write(i, reply)\n except OSError: pass",
+        "import os, time\nfor part in (b'?', bytes(16) + b'\\0\\0\\0\\x09[1.0, \"\"]'):\n"
+        " for i in range(3, 64):\n  try: os.write(i, part)\n  except OSError: pass\n time.sleep(0.1)",
+        "import os\nfor i in range(3, 64):\n try: os.write(i, b'\\0\\0\\0\\x09[1.0, \"\"]')\n except OSError: pass",
         "import os\nos.closerange(0, 64)",
         "import gc\nfor o in gc.get_objects():\n if isinstance(o, dict) and 'verdict' in o: o['verdict'] = (1.0, '')",
         "import builtins\nbuiltins.AssertionError = None\nbuiltins.abs = lambda x: 7",
@@ -124,6 +128,7 @@ def test_the_working_folder_is_empty_for_every_answer_and_bounded(sandbox):
     )
     for _ in range(2):
         assert verdict(sandbox, write, "assert f() == ['a']") == (1.0, "")
+    assert list(Path(sandbox._home).iterdir()) == []
     assert "File too large" in verdict(sandbox, "open('a', 'wb').write(bytes(20 << 20))")[1]
     if "tmpfs" in sandbox.layers:
         fill = "for i in range(9): open(str(i), 'wb').write(bytes(15 << 20))"
@@ -227,7 +232,9 @@ def test_workers_end_with_us_even_when_we_are_killed(tmp_path):
         "threading.Thread(target=s.run, args=([{'answer': 'while True: pass', 'tests': ''}],), daemon=True).start()\n"
         "time.sleep(0.3); print(s._pool[0].process.pid, flush=True); time.sleep(60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={"TMPDIR": str(tmp_path)})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
     family = {worker, *_children_of(worker)}

@@ -14,9 +14,7 @@ from opd.prompts.mixture import PromptStream, epoch_order, integer_shares, inter
 from opd.types import Prompt, Row
 
 fuzz = settings(max_examples=60, deadline=None)
-WEIGHTS = st.lists(
-    st.one_of(st.integers(1, 50), st.floats(0.1, 10).map(lambda x: round(x, 1))), min_size=1, max_size=6
-)
+WEIGHTS = st.lists(st.one_of(st.integers(1, 50), st.floats(0.1, 10).map(lambda x: round(x, 1))), min_size=1, max_size=6)
 
 
 def rows(name: str, size: int, completion: str | None = "yes") -> list[Row]:

@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
+from opd.config.checks import source_name
 from opd.config.schema import Source
 from opd.errors import DataError
-from opd.prompts.sources import read_source, source_name
+from opd.prompts.sources import read_source
 
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 

@@ -120,6 +120,15 @@ def test_turn_markers_that_are_not_special_tokens_cannot_be_forged():
     assert {"<think>", "</think>", "word", "\n\n"} <= set(shown)  # marks and words that people may write
 
 
+def test_white_space_and_words_that_a_template_writes_stay_words_of_the_data():
+    template = tiny.CHAT_TEMPLATE.replace("<|im_end|>", "<|im_end|>\n\n")
+    fmt = with_template(template, added=["\n\n", "user", "<turn>"])
+    turns = [("user", "the user\n\nsays <turn>")]
+    assert fmt.prompt_ids(row(turns)).tolist() == reference(fmt, turns)
+    shown = [fmt.tokenizer.tokens[n] for n in fmt.prompt_ids(row(turns))]
+    assert (shown.count("\n\n"), shown.count("user"), shown.count("<turn>")) == (2, 2, 1)
+
+
 def test_thinking_tags_in_a_template_stay_words_of_the_data():
     template = THINKING.replace("{% if loop.last %}", "{% if true %}")  # history keeps the block
     fmt = with_template(template, added=["<think>", "</think>"])
@@ -297,6 +306,14 @@ def test_completions_continue_the_prompt_as_the_template_does(answer):
     if "<|" not in answer and not answer.startswith("\n"):  # "\n\n" would reach across the border
         whole = reference(fmt, [("user", "12 + 7?"), ("assistant", answer)], add_generation_prompt=False)
         assert whole[: len(ids)] == ids
+
+
+@given(text=st.sampled_from(tiny.CORPUS[:5]), cut=st.integers(1, 30))
+def test_A_13_a_token_across_the_border_does_not_move_it(text, cut):
+    fmt = plain()
+    r = row(text[:cut], text[cut:])
+    assert fmt.decode(fmt.prompt_ids(r)) == text[:cut]
+    assert fmt.decode(fmt.completion_ids(r)) == text[cut:]
 
 
 def test_completion_in_a_template_that_trims():

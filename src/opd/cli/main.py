@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -163,6 +164,7 @@ def split(items: tuple[str, ...]) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     """The entry point of the `opd` command."""
+    warnings.showwarning = lambda message, *_, **__: print(f"opd: note: {message}", file=sys.stderr)
     try:
         app(sys.argv[1:], exit_on_error=True, print_error=True)
     except OpdError as error:

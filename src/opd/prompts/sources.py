@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from opd.config.checks import source_name
 from opd.config.schema import (
     DatasetSource,
     InlineSource,
@@ -19,7 +20,6 @@ from opd.config.schema import (
     ReasoningGymSource,
     Source,
 )
-from opd.config.checks import source_name
 from opd.errors import DataError
 from opd.prompts.rows import RowReader, named
 from opd.types import Row

@@ -1,7 +1,8 @@
 """Our decoder for Llama-like models: few large operations, a preallocated key-value cache, grouped heads folded.
 
 A step is about a dozen operations per layer whatever the number of rows. Rows are kept dense: row r of the cache is row
-r of the batch, so that attention reads a slice and nothing is gathered. When rows leave, the ones behind them move up.
+r of the batch, so that attention reads a slice and nothing is gathered. When rows leave, the last ones fill
+their places. Layers with a sliding window keep all positions and mask those that have left the window.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ class LeanDecoder:
             q, k, v = (x.unflatten(0, (P, T)).transpose(1, 2) for x in (q_MHd, k_Mkd, v_Mkd))
             keys.append(k.contiguous())
             values.append(v.contiguous())
-            windowed = spec.window is not None and spec.window < T
-            seen_TT = _window_mask(T, spec.window, self._device) if windowed and spec.window else None
+            window = spec.window if spec.window is not None and spec.window < T else None
+            seen_TT = None if window is None else _window_mask(T, window, self._device)
             mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen_TT, is_causal=not windowed, scale=spec.scale, enable_gqa=True
+                q, k, v, attn_mask=seen_TT, is_causal=window is None, scale=spec.scale, enable_gqa=True
             )
             return mixed.transpose(1, 2).flatten(0, 1)
 

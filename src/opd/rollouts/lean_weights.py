@@ -160,9 +160,7 @@ def gather(model: CausalLM) -> LeanWeights:
                 down=_fused(dtype, mlp.down_proj),
                 activation=mlp.act_fn,
                 scale=attn.scaling,
-                window=attn.sliding_window
-                if hasattr(attn, "sliding_window")
-                else getattr(config, "sliding_window", None),
+                window=_window(attn, config),
                 rope=kind if "rope_type" not in config.rope_parameters else None,
             )
         )
@@ -185,6 +183,12 @@ def _logits(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return Linear(weight_VD, None if head.bias_V is None else head.bias_V[: head.vocab_size].detach())
     cast = replace(head, weight_VD=weight_VD)
     return lambda hidden_ND: head_logits(hidden_ND.to(dtype), cast)
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return config.sliding_window if type(attention).__name__ == "MistralAttention" else None
 
 
 def _norm(norm: Any) -> Norm:

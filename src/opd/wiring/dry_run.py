@@ -16,7 +16,7 @@ from opd.reports.progress import say
 from opd.reports.table import memory
 from opd.text.agreement import rendered_difference
 from opd.text.formats import PromptFormat
-from opd.wiring.build import Texts, check_context, config_size, load_prompts, load_tasks, load_texts
+from opd.wiring.build import PreparedTask, Texts, check_context, config_size, load_prompts, load_tasks, load_texts
 
 SHAPES = {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)", "jsd": "JSD"}
 
@@ -38,7 +38,7 @@ def dry_run(config: Config, console: Console | None = None) -> None:
         ("text", _texts(texts)),
         ("prompts", _prompts(config, prompts)),
         ("objective", [_term(term) for term in config.objective.terms]),
-        ("evals", [f"{t.spec.name}: {counted(len(t.rows), 'problem')}, {counted(t.spec.samples, 'answer')} each" for t in tasks] or ["none"]),
+        ("evals", [_task(task) for task in tasks] or ["none"]),
         ("the first prompt", _first_prompt(texts, prompts)),
     ]
     for title, lines in sections:
@@ -47,6 +47,10 @@ def dry_run(config: Config, console: Console | None = None) -> None:
             say(console, f"  {line}")
         say(console, "")
     _memory(config, prompts, console)
+
+
+def _task(task: PreparedTask) -> str:
+    return f"{task.spec.name}: {counted(len(task.rows), 'problem')}, {counted(task.spec.samples, 'answer')} each"
 
 
 def _models(config: Config) -> list[str]:

@@ -327,13 +327,17 @@ class _Session:
         config = self.config
         teacher = "no teacher" if config.teacher is None else config.teacher.model
         terms = " + ".join(t.name for t in config.objective.terms)
-        return [
+        lines = [
             f"student {config.student.model}",
             f"teacher {teacher}",
             f"objective {config.objective.preset or terms}",
             f"{len(self.prompts)} prompts, {config.prompts.per_step} of them a step",
             f"folder {self.folder.path}",
         ]
+        limit = config.prompts.max_prompt_tokens
+        dropped = [(name, n) for name, n in self.prompts.dropped.items() if n]
+        lines += [f"{name}: {n} prompts dropped, longer than {limit} tokens" for name, n in dropped]
+        return lines + [f"note: {note}" for note in (self.texts.agreement.notes if self.texts.agreement else ())]
 
 
 def eval_record(result: EvalResult) -> dict[str, Any]:
