@@ -36,7 +36,8 @@ class Message(TypedDict):
 class Row:
     """One line of data, before any tokenizer has seen it.
 
-    id          `<source name>/<index in the source>`; the same row has the same id in every run.
+    id          `<source name>/<index in the source>`; the same row has the same id in every run. A row that comes twice
+                in one batch has `#2`, `#3` ... added.
     domain      what the row is about: the source's name unless the source says otherwise. Routing and reports use it.
     prompt      a plain string or a chat without its final assistant turn. The empty string for raw text.
     completion  the answer that came with the row, None for a prompt alone.

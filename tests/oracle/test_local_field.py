@@ -37,8 +37,7 @@ def answers() -> list[tuple[int, ...]]:
 class BareFormat:
     """Prompt ids handed through: the oracle needs no text."""
 
-    class tokenizer:
-        fingerprint = "oracle-tokenizer"
+    fingerprint = "oracle-format"
 
     def __init__(self, ids):
         self.ids = ids

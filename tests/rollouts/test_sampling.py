@@ -79,6 +79,16 @@ def test_a_token_of_probability_zero_is_never_drawn(vocab):
     assert torch.isfinite(logprob_N).all()
 
 
+def test_rounding_at_the_very_end_never_reaches_a_token_of_probability_zero():
+    """The float32 sum of a block may exceed what its tokens add up to; the point then lies behind all of them."""
+    logits_NV = torch.from_numpy(np.random.default_rng(5).normal(0, 1, (64, 2000)).astype(np.float32))
+    logits_NV[:, 1900:] = -torch.inf
+    token_N, logprob_N = sampling.draw(
+        logits_NV, torch.full((64,), 1 - 2.0**-53, dtype=torch.float64), SamplingParams(max_tokens=1)
+    )
+    assert token_N.max() < 1900 and torch.isfinite(logprob_N).all()
+
+
 def test_equal_probabilities_at_the_border_keep_the_lower_ids():
     logits_NV = torch.zeros(400, 10)
     logits_NV[:, 4] = 1.0

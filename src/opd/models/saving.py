@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,14 +22,17 @@ def save_model(model: CausalLM, tokenizer: Any, folder: Path, *, dtype: torch.dt
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     module = model.module
-    own_dtype, module.config.dtype = module.config.dtype, dtype
     own_ends, module.generation_config.eos_token_id = module.generation_config.eos_token_id, list(end_ids)
     try:
         state = {key: value.detach().to("cpu", dtype) for key, value in _unique(module.state_dict()).items()}
         module.save_pretrained(temporary, state_dict=state, max_shard_size="5GB")
         tokenizer.save_pretrained(temporary)
     finally:
-        module.config.dtype, module.generation_config.eos_token_id = own_dtype, own_ends
+        module.generation_config.eos_token_id = own_ends
+    # transformers writes the type of the live parameters; what it loads the folder in is the type that is stored.
+    config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 

@@ -51,10 +51,11 @@ def _invert(mass_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
     block_N1, left_N1 = _first_above(ends_NB, uniform_N[:, None] * total_N1)
 
     token_NB = block_N1 * _BLOCK + torch.arange(min(_BLOCK, V), device=mass_NV.device)
-    inside_NB = mass_NV.gather(1, token_NB.clamp(max=V - 1)).double() * (token_NB < V)
+    token_NB = token_NB.clamp(max=V - 1)  # a last, shorter block repeats its last token behind the end of its mass
+    inside_NB = mass_NV.gather(1, token_NB).double()
     place_N1, _ = _first_above(inside_NB.cumsum(1), left_N1)
     chosen_N1 = inside_NB.gather(1, place_N1)
-    token_N = token_NB.gather(1, place_N1)[:, 0].clamp(max=V - 1)
+    token_N = token_NB.gather(1, place_N1)[:, 0]
     return token_N, (chosen_N1 / total_N1).log()[:, 0].float()
 
 

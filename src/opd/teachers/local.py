@@ -47,7 +47,7 @@ class LocalTeacher:
         self.agreement = agreement
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
-        self.fingerprint = f"{model.fingerprint()}-{fmt.tokenizer.fingerprint[:8]}-T{temperature:g}"
+        self.fingerprint = f"{model.fingerprint()}-{fmt.fingerprint[:8]}-T{temperature:g}"
         self._home = model.device
         self._offload = offload == "cpu" and self._home.type != "cpu"
         self._copied: Head | None = None

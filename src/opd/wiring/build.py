@@ -32,7 +32,9 @@ class Texts:
 def load_format(spec: Model) -> PromptFormat:
     """The tokenizer and prompt format of one model."""
     tokenizer = load_tokenizer(
-        spec.tokenizer or spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        spec.tokenizer or spec.model,
+        revision=None if spec.tokenizer else spec.revision,
+        trust_remote_code=spec.trust_remote_code,
     )
     return PromptFormat(tokenizer, Format(**spec.format.model_dump()), generation_end_ids(spec))
 
