@@ -7,8 +7,8 @@ The whole method is one sentence: the student writes, the teacher scores every t
 moves towards the teacher on those very tokens, and then it writes again. Read from top to bottom.
 
 Left out, so that nothing stands between you and the method:
-- Batches and padding. Answers to one prompt are written together (equal prompts need no padding); every sequence is
-  scored alone. Slow, and there is no attention mask, padding side or position offset to get wrong.
+- Padding. Prompts of one length are answered together, which needs none; every sequence is scored alone. Slow, and
+  there is no attention mask, padding side or position offset to get wrong.
 - Temperature and top-p. The student is sampled from its own distribution, and that same distribution is trained.
 - Different tokenizers or chat formats. Both models read the same ids, so both must have one vocabulary.
 - Logits in chunks. The [tokens, vocabulary] matrix of a sequence is built whole: simple, and heavy for long answers.
@@ -25,6 +25,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -163,7 +164,10 @@ def distil(
     history = []
     for step in range(steps):
         asked = order.sample(prompts, min(prompts_per_step, len(prompts)))
-        sequences = [s for p in asked for s in sample(student, [p] * samples, max_tokens, end_ids, generator)]
+        asked = sorted(asked * samples, key=len)
+        sequences = []
+        for _, same_length in groupby(asked, key=len):
+            sequences += sample(student, list(same_length), max_tokens, end_ids, generator)
         tokens = sum(len(response_ids) for _, response_ids, _ in sequences)
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 10) * (1 - step / steps)
@@ -260,8 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--prompts", help="JSONL file with a `prompt` in every line")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, help="default: 1e-5, or 2e-3 for the two small models")
-    parser.add_argument("--prompts-per-step", type=int, default=16)
-    parser.add_argument("--samples", type=int, default=2, help="answers to each prompt")
+    parser.add_argument("--prompts-per-step", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
     parser.add_argument("--max-tokens", type=int, help="default: 256, or 8 for the two small models")
     parser.add_argument("--objective", choices=OBJECTIVES, default="reverse_kl")
     parser.add_argument("--beta", type=float, default=0.5, help="of jsd, strictly between 0 and 1")

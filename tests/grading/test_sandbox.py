@@ -245,6 +245,7 @@ def test_workers_end_with_us_even_when_we_are_killed(tmp_path):
     while (alive := {pid for pid in family if _running(pid)}) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive
+    assert list(tmp_path.iterdir()) == []
 
 
 def _running(pid):

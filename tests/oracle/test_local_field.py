@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from opd.models.causal import CausalLM
+from opd.teachers.local import LocalTeacher
+from opd.text.agreement import Agreement
+from opd.types import Prompt, Row
 from tests import rooms, tiny
 
 V, END, LONGEST = 5, 2, 3
@@ -23,7 +27,7 @@ def models(kind: str):
     made = []
     for seed in (0, 1):
         module = tiny.model(kind, vocab_size=8, seed=seed, scale=6.0).double()
-        made.append(rooms.CausalLM(module, vocab_size=V, compute_dtype=torch.float64, name="tiny"))
+        made.append(CausalLM(module, vocab_size=V, compute_dtype=torch.float64, name="tiny"))
     return made
 
 
@@ -80,11 +84,11 @@ OBJECTIVES = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_O_01_O_02_expected_gradient_is_the_exact_local_field(name: str, kind: str) -> None:
     student, other = models(kind)
-    prompt = rooms.Prompt(row=rooms.Row(id="x", domain="x", prompt="x"), ids=np.array([1, 3], dtype=np.int64))
-    teacher = rooms.LocalTeacher(
+    prompt = Prompt(row=Row(id="x", domain="x", prompt="x"), ids=np.array([1, 3], dtype=np.int64))
+    teacher = LocalTeacher(
         other,
         BareFormat(prompt.ids),
-        rooms.Agreement(vocab_size=V),
+        Agreement(vocab_size=V),
         name="teacher",
         temperature=1.0,
         chunk_tokens=4,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import selectors
 import shutil
 import signal
@@ -47,7 +46,8 @@ class Sandbox:
     timeout  seconds for one answer; then its process is killed and it scores 0.
 
     A worker that dies costs the answer it was grading, never another one's; a new worker takes its place. May be used
-    from any thread. Workers end when `close` is called or when our process ends, however it ends.
+    from any thread. Workers end, and their folder goes, when `close` is called or when our process ends, however it
+    ends.
     """
 
     def __init__(self, kind: str, *, workers: int, timeout: float) -> None:
@@ -165,7 +165,9 @@ class _Worker:
 
     def await_ready(self) -> None:
         """Waits for the worker's libraries and walls. Raises OpdError when they do not come up."""
-        ready, _, _ = select.select([self.replies], [], [], max(0.0, self._ready_by - time.monotonic()))
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.replies, selectors.EVENT_READ)
+            ready = selector.select(max(0.0, self._ready_by - time.monotonic()))
         hello = (self.receive() if ready else {"error": f"not ready after {_START_SECONDS:g} s"}) or {}
         if "layers" not in hello:
             why = hello.get("error", "it ended without a word")

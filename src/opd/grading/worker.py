@@ -114,6 +114,7 @@ def prepare_math() -> Callable[[dict], Callable[[], Verdict]]:
             return 0.0, "no mathematical expression in the answer"
         return float(verify(gold, found, timeout_seconds=None)), ""
 
+    score({"reference": "$1/2$", "answer": r"\boxed{0.5}"})  # fills the library's caches once, not in every fork
     return lambda task: lambda: score(task)
 
 
@@ -255,7 +256,7 @@ def _await_reply(out: int, key_file: int, parent: int, deadline: float) -> Verdi
     while (left := deadline - time.monotonic()) > 0 and len(data) < REPLY_BYTES:
         events = dict(poll.poll(left * 1000))
         if parent in events:
-            os._exit(0)  # the child dies with us
+            sys.exit()  # the child dies with us
         if out not in events:
             continue
         part = os.read(out, REPLY_BYTES)
@@ -318,5 +319,8 @@ def main() -> None:
         return
     setup["layers"] = probe[1].split(",")
     write_frame(replies, {"layers": setup["layers"]})
-    while (task := read_frame(requests)) is not None:
-        write_frame(replies, grade_in_fork(start(task), setup, setup["home"], requests))
+    try:
+        while (task := read_frame(requests)) is not None:
+            write_frame(replies, grade_in_fork(start(task), setup, setup["home"], requests))
+    finally:  # the parent is gone; it would have killed us otherwise
+        shutil.rmtree(setup["home"], ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +17,13 @@ from opd.errors import DataError
 from opd.types import Prompt, Row
 
 _MAX_PERIOD = 100_000  # slots until a mixture repeats; finer weights are rounded to whole slots
-_LONGEST = 16
 
 
 class PromptStream:
     """Batches of prompts from weighted sources.
 
     dropped       source name to the number of its rows that were longer than `max_prompt_tokens`.
-    longest       tokens of the longest prompt that is left; `longest_rows` are the rows of the sixteen longest.
+    longest       tokens of the longest prompt that is left.
     len()         prompts that are left.
 
     After any number of prompts, each source has had its weight's share of them to within one prompt. Every source is
@@ -68,10 +66,7 @@ class PromptStream:
             self._walks.append(_Walk(name, kept, seed if shuffle else None))
         self._shares = integer_shares([weight for _, weight in sources])
         self._pattern, self._before = interleave(self._shares)
-        everything = (prompt for walk in self._walks for prompt in walk.prompts)
-        longest = heapq.nlargest(_LONGEST, everything, key=lambda prompt: len(prompt.ids))
-        self.longest = len(longest[0].ids)
-        self.longest_rows = tuple(prompt.row for prompt in longest)
+        self.longest = max(len(prompt.ids) for walk in self._walks for prompt in walk.prompts)
 
     def __len__(self) -> int:
         return sum(len(walk.prompts) for walk in self._walks)

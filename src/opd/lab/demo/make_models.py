@@ -34,8 +34,8 @@ class Recipe:
 
 
 RECIPES = {
-    "teacher": Recipe(sorting.teacher_config(), problems=100_000, steps=1500, batch=128, lr=2e-3, seed=0),
-    "student": Recipe(sorting.student_config(), problems=800, steps=800, batch=128, lr=3e-3, seed=1),
+    "teacher": Recipe(sorting.teacher_config(), problems=100_000, steps=800, batch=128, lr=3e-3, seed=0),
+    "student": Recipe(sorting.student_config(), problems=700, steps=800, batch=128, lr=2e-3, seed=1),
 }
 
 
@@ -71,7 +71,7 @@ def train(name: str, recipe: Recipe, work: Path) -> Path:
         engine={"slots": 256},
         optim={"lr": recipe.lr, "schedule": "cosine", "warmup_steps": 20},
         evals={"tasks": [task]},
-        run={"folder": str(work / name), "steps": recipe.steps, "seed": recipe.seed, "log_every": 100},
+        run={"folder": str(work / name), "steps": recipe.steps, "seed": recipe.seed, "threads": 1, "log_every": 100},
     )
     return run.student
 

@@ -4,8 +4,8 @@
     abchkoqz
 
 Every row is made from a seed, every answer is verifiable by string equality, and a model of a few hundred thousand
-parameters learns it in minutes on a CPU. One wrong letter spoils the whole answer, so an error rate per token that looks
-small costs a lot: what on-policy distillation repairs.
+parameters learns it in a minute on a CPU. One wrong letter spoils the whole answer, so a small error rate per token
+costs a lot: what on-policy distillation repairs.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _config(*, width: int, layers: int, heads: int, hidden: int) -> Qwen3Config:
 
 
 def teacher_config() -> Qwen3Config:
-    return _config(width=128, layers=3, heads=4, hidden=384)
+    return _config(width=96, layers=2, heads=4, hidden=288)
 
 
 def student_config() -> Qwen3Config:
-    return _config(width=64, layers=3, heads=4, hidden=192)
+    return _config(width=64, layers=2, heads=4, hidden=192)
