@@ -27,6 +27,7 @@ import random
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -201,7 +202,7 @@ def load(student_name: str, teacher_name: str, prompts_path: str):
     if tokenizer.get_vocab() != other.get_vocab() or widths[0] != widths[1]:
         sizes = f"{len(tokenizer)} and {len(other)} tokens, {widths[0]} and {widths[1]} logits"
         raise SystemExit(f"student and teacher need the same vocabulary, but have {sizes}: choose two of one family")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
     prompts = []
     for line in Path(prompts_path).read_text().splitlines():
         prompt = json.loads(line)["prompt"]
@@ -262,8 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--student", help="folder or hub name; without it, two small models are made on the spot")
     parser.add_argument("--teacher", help="folder or hub name, same vocabulary as the student")
     parser.add_argument("--prompts", help="JSONL file with a `prompt` in every line")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, help="default: 1e-5, or 2e-3 for the two small models")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--lr", type=float, help="default: 1e-5, or 1e-3 for the two small models")
     parser.add_argument("--prompts-per-step", type=int, default=64)
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
     parser.add_argument("--max-tokens", type=int, help="default: 256, or 8 for the two small models")
@@ -275,15 +276,15 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     given = [name for name in ("student", "teacher", "prompts") if getattr(args, name)]
     if len(given) not in (0, 3):
         parser.error(f"--student, --teacher and --prompts belong together; only {', '.join(given)} given")
-    args.lr = args.lr or (1e-5 if given else 2e-3)
+    args.lr = args.lr or (1e-5 if given else 1e-3)
     args.max_tokens = args.max_tokens or (256 if given else 8)
     if given:
         student, teacher, prompts, end_ids = load(args.student, args.teacher, args.prompts)
     else:
-        student, teacher = small_model(32, seed=1), small_model(48, seed=2)
+        student, teacher = small_model(48, seed=1), small_model(64, seed=2)
         prompts, end_ids = sorting_prompts(5000, seed=0), {END}
         teach(teacher, prompts, steps=300)
-        teach(student, prompts[:300], steps=200)
+        teach(student, prompts[:150], steps=200)  # too few problems to learn from: it will need the teacher
         print(f"answers right before: {accuracy(student):.1%}, teacher {accuracy(teacher):.1%}")
     options = ("steps", "lr", "prompts_per_step", "samples", "max_tokens", "objective", "beta", "seed")
     history = distil(student, teacher, prompts, end_ids=end_ids, **{name: getattr(args, name) for name in options})

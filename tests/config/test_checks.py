@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 
-from opd.config.checks import ConfigWarning, check, source_name
+from opd.config.checks import ConfigWarning, check
+from opd.config.naming import source_name
 from opd.config.schema import Config
 from opd.errors import ConfigError
 from tests.config.recipes import BASE, PROMPTS, STUDENT, TASK, load, refused

@@ -12,6 +12,9 @@ from opd.types import Rollout, SamplingParams
 from tests import tiny
 from tests.rollouts.reference import VOCAB, assert_chi_square, causal, distribution, prompts, recomputed
 
+# an engine that falls back to a slower way says so with a warning: here nothing may fall back
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+
 LEAN_KINDS = ["qwen3", "llama", "mistral", "olmo2", "gemma3"]
 WRITERS = [("lean", kind) for kind in LEAN_KINDS] + [("generic", kind) for kind in tiny.KINDS]
 STOPS = (2, 7, 11, 13, 17, 19, 23)

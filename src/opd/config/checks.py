@@ -10,16 +10,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from opd.config.naming import source_name
 from opd.config.objective import ForwardKL, Objective, Spec, Term
 from opd.config.options import KeyPath, as_path, dotted, nearest_word
 from opd.config.presets import PRESETS, Preset, expand
 from opd.config.problems import Problem, config_error, shown
-from opd.config.schema import Config, InlineSource, ReasoningGymSource, Source
+from opd.config.schema import Config
 from opd.errors import ConfigError
 
 
@@ -53,18 +53,6 @@ def expanded(config: Config) -> Config:
     preset = expand(objective.preset, objective.parameters)
     filled = {"terms": preset.terms, "behaviour": objective.behaviour or preset.behaviour}
     return config.model_copy(update={"objective": objective.model_copy(update=filled)})
-
-
-def source_name(source: Source) -> str:
-    """How reports and row ids call a source: its `name`, else its task, or its path's last name without its ending."""
-    if source.name is not None:
-        return source.name
-    if isinstance(source, ReasoningGymSource):
-        return source.task
-    if isinstance(source, InlineSource):
-        return "inline"
-    last = Path(source.path).name
-    return last.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json").removesuffix(".parquet")
 
 
 # ---- the objective as it is written ------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opd.config.checks import source_name
+from opd.config.naming import source_name
 from opd.config.schema import (
     DatasetSource,
     InlineSource,

@@ -84,8 +84,10 @@ def _config(*, width: int, layers: int, heads: int, hidden: int) -> Qwen3Config:
 
 
 def teacher_config() -> Qwen3Config:
+    """243,072 parameters."""
     return _config(width=96, layers=2, heads=4, hidden=288)
 
 
 def student_config() -> Qwen3Config:
+    """108,800 parameters."""
     return _config(width=64, layers=2, heads=4, hidden=192)
