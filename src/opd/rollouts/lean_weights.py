@@ -34,6 +34,10 @@ class Norm:
         return wide.to(x.dtype)
 
 
+# A private operator of torch: where a version lacks it, the ordinary product does the same work.
+_PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 class Linear:
     """x @ weight.T + bias in the dtype of the weight.
 
@@ -45,7 +49,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
         self._packed: Tensor | None = None
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and _PACKS:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
