@@ -36,7 +36,8 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing_and_is_told()
     assert torch.equal(before, parameters(student)) and learner.weights().version == 0
     assert told[0][0] == 1 and told[0][1]["rollouts"] == [r.id for r in made]
     hook.remove()
-    assert learner.update(made, teacher.evidence(made)).applied
+    report = learner.update(made, teacher.evidence(made))
+    assert report.applied and report.metrics["bad_steps"] == 1
     assert learner.weights().version == 1 and not torch.equal(before, parameters(student))
 
 

@@ -19,8 +19,11 @@ app = App(
     help="On-policy distillation: the student writes, the teacher scores every token, the student improves.",
     version=opd.__version__,
     help_format="plaintext",
+    default_parameter=Parameter(negative=()),
 )
-config_app = App(name="config", help="Look at configs without running anything.")
+config_app = App(
+    name="config", help="Look at configs without running anything.", default_parameter=Parameter(negative=())
+)
 app.command(config_app)
 
 
@@ -30,8 +33,10 @@ def init(path: Path = Path("recipe.yaml"), /, *, force: bool = False) -> None:
 
     Parameters
     ----------
-    path: Where to write it.
-    force: Overwrite a file that is already there.
+    path
+        Where to write it.
+    force
+        Overwrite a file that is already there.
     """
     from importlib.resources import files
 
@@ -49,8 +54,10 @@ def train(*items: Items, dry_run: bool = False) -> None:
 
     Parameters
     ----------
-    items: Config files (YAML, TOML or JSON; later ones win), and options as a.b=c or --a.b c.
-    dry_run: Show what would be loaded, whether it fits, and a rendered prompt; load no weights.
+    items
+        Config files (YAML, TOML or JSON; later ones win), and options as a.b=c or --a.b c.
+    dry_run
+        Show what would be loaded, whether it fits, and a rendered prompt; load no weights.
     """
     from opd.config.loading import load_config
 
@@ -72,9 +79,11 @@ def evaluate(model: str, /, *items: Items) -> None:
 
     Parameters
     ----------
-    model: Folder or hub name.
-    items: A recipe whose tasks to take, or task=FILE (or task=reasoning_gym:NAME) with grader=KIND, samples=K, and any
-        sampling.*, format.*, engine.* option as a.b=c.
+    model
+        Folder or hub name.
+    items
+        A recipe whose tasks to take, or task=FILE (or task=reasoning_gym:NAME) with grader=KIND, samples=K,
+        max_tokens=N, temperature=T; and any other option as a.b=c, e.g. student.format.kind=plain.
     """
     from opd.wiring.evaluate import evaluate_model
 
@@ -88,8 +97,10 @@ def demo(*, quick: bool = False, folder: Path = Path("runs/demo")) -> None:
 
     Parameters
     ----------
-    quick: A tenth of the steps: shows that everything works, not the result.
-    folder: Where the runs are written; an earlier demo there is replaced.
+    quick
+        A tenth of the steps: shows that everything works, not the result.
+    folder
+        Where the runs are written; an earlier demo there is replaced.
     """
     from opd.lab.demo.run import run_demo
 
@@ -102,9 +113,12 @@ def show(*items: Items, resolved: bool = False, origins: bool = False) -> None:
 
     Parameters
     ----------
-    items: Config files and options, as for train.
-    resolved: Every option with its default, and the objective's terms (replayable JSON).
-    origins: Where each given option came from.
+    items
+        Config files and options, as for train.
+    resolved
+        Every option with its default, and the objective's terms (replayable JSON).
+    origins
+        Where each given option came from.
     """
     import json
 

@@ -51,6 +51,7 @@ class LocalLearner:
         self._total_updates = total_steps * spec.updates_per_batch
         self._updates = 0
         self._bad_in_a_row = 0
+        self._bad_in_all = 0
         self._on_bad_step = on_bad_step
         self._padding_side: Literal["left", "right"] = padding_side
 
@@ -143,9 +144,11 @@ class LocalLearner:
             self._updates += 1
         else:
             self._bad_in_a_row += 1
+            self._bad_in_all += 1
             if self._on_bad_step is not None:
                 facts = {"loss": metrics["loss"], "grad_norm": norm, "lr": lr, "rollouts": [r.id for r in rollouts_N]}
                 self._on_bad_step(self.step + 1, facts)
+        metrics["bad_steps"] = float(self._bad_in_all)
         self.optimizer.zero_grad(set_to_none=True)
         if self._bad_in_a_row >= self._spec.max_bad_steps:
             raise TrainingDiverged(
