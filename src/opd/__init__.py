@@ -1,9 +1,9 @@
 """opd: on-policy distillation of language models.
 
-    import opd
+import opd
 
-    run = opd.distill(student="Qwen/Qwen3-1.7B-Base", teacher="Qwen/Qwen3-8B", prompts="prompts.jsonl")
-    print(run.summary["gap_closed"], run.student)
+run = opd.distill(student="Qwen/Qwen3-1.7B-Base", teacher="Qwen/Qwen3-8B", prompts="prompts.jsonl")
+print(run.summary["gap_closed"], run.student)
 """
 
 from __future__ import annotations

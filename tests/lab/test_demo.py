@@ -1,4 +1,4 @@
-"""The demo in its quick form: everything runs, the arms are the ones that are named, the table says what happened."""
+"""The demo in its quick form: every arm runs, is the one that is named, and the table says what happened."""
 
 from __future__ import annotations
 
