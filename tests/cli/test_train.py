@@ -221,3 +221,11 @@ def test_a_second_run_in_the_same_folder_is_refused(world: Path, tmp_path: Path,
     assert opd("train", *items) == 0
     assert "run.overwrite=true" in refused(capsys, "train", *items)
     assert opd("train", *items, "run.overwrite=true") == 0
+
+
+def test_a_character_that_the_tokenizer_does_not_know_names_the_row(tmp_path: Path, capsys) -> None:
+    from opd.lab.demo.make_models import MODELS
+
+    rows = '[{"kind": "inline", "name": "mine", "rows": ["sort: abcdefgh\\n", "sort: ABC\\n"]}]'
+    items = [f"student.model={MODELS / 'student'}", f"teacher.model={MODELS / 'teacher'}", f"prompts.sources={rows}"]
+    assert "row mine/1" in refused(capsys, "train", *items, "sampling.max_tokens=9", f"run.folder={tmp_path / 'run'}")

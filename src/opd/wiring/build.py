@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from opd.config.schema import Config, Evals, Model, Sampling, Task
 from opd.costs.size import ModelSize, model_size
-from opd.errors import BadInput, ModelError
+from opd.errors import BadInput, DataError, ModelError, OpdError
 from opd.evals.tasks import EvalTask
 from opd.grading.graders import check_rows, make_grader
 from opd.models.loading import generation_end_ids, read_config
@@ -87,8 +87,13 @@ def load_prompts(config: Config, fmt: PromptFormat) -> PromptStream:
 
 
 def render(row: Row, fmt: PromptFormat) -> Prompt:
-    """A row in one model's format."""
-    return Prompt(row=row, ids=fmt.prompt_ids(row), completion_ids=fmt.completion_ids(row))
+    """A row in one model's format; DataError when its tokenizer cannot encode it."""
+    try:
+        return Prompt(row=row, ids=fmt.prompt_ids(row), completion_ids=fmt.completion_ids(row))
+    except OpdError:
+        raise
+    except Exception as error:  # tokenizers raises a bare Exception, for example without an unknown token
+        raise DataError(f"row {row.id}: the tokenizer of {fmt.tokenizer.source} cannot encode it: {error}") from error
 
 
 @dataclass(frozen=True)
