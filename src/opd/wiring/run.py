@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -237,7 +238,7 @@ class _Session:
     def _listener(self) -> Listener:
         return Listener(
             on_step=self._on_step,
-            on_phase=lambda name: self.view.phase(name),
+            on_phase=self._phase,
             evaluate=lambda step: self._evaluate(step),
             every=self.config.evals.every,
         )
@@ -251,6 +252,15 @@ class _Session:
         with self.ledger.seconds("journal"):
             self.folder.write_rollouts(report.step, rollouts_N, self.texts.student.tokenizer.show)
         self.view.step({"step": report.step, "applied": report.applied, **numbers})
+
+    def _phase(self, name: str) -> None:
+        """A part of a step begins; a rollout also says how many answers are written."""
+        self.view.phase(name)
+        answers = self.config.prompts.per_step * self.params.samples_per_prompt
+        self.engine.progress = functools.partial(self._written, name, answers)
+
+    def _written(self, name: str, answers: int, done: int) -> None:
+        self.view.phase(name, done, answers)
 
     def _bad_step(self, step: int, facts: dict[str, Any]) -> None:
         self.folder.dump(step, "not-finite", facts)
@@ -269,7 +279,9 @@ class _Session:
         results: dict[str, EvalResult] = {}
         for task in self.tasks:
             bound = task.bind(fmt, self.config.sampling)
-            self.view.phase(f"{who} takes {task.spec.name}")
+            name, answers = f"{who} takes {task.spec.name}", len(task.rows) * task.spec.samples
+            self.view.phase(name)
+            sampler.progress = functools.partial(self._written, name, answers)
             with self.ledger.seconds("eval"):
                 result = run_task(
                     bound,
