@@ -168,3 +168,24 @@ def test_fingerprint_tells_models_apart() -> None:
         for s in (0, 0, 1)
     ]
     assert marks[0] == marks[1] != marks[2]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "gemma3", "qwen3_next"])
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(tmp_path: Path, kind: str) -> None:
+    """Also behind the engine, which leaves the module in eval mode; gpt2 has dropout, which must stay off."""
+    source = tiny.save(tmp_path / "m", kind)
+    ids = torch.arange(1, 65)[None]
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        student = load_student(Student(model=source, device="cpu", gradient_checkpointing=checkpointing), 300)
+        student.module.eval()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: (saved.append(t.numel()), t)[1], lambda t: t
+        ):
+            states = student.hidden(ids, torch.ones_like(ids), torch.arange(64)[None])
+        kept.append(sum(saved))
+        states.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.module.parameters() if p.grad is not None]))
+    assert kept[1] < 0.5 * kept[0]
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd.config.objective import ForwardKL, JensenShannon, ReverseKL, Term
+from opd.costs.memory import LOGITS_COPIES
 from opd.objectives.kernels.tiled import TokenRows, tiled_loss
 from opd.types import Head, ScorerRows
 
@@ -189,3 +193,33 @@ def test_sampled_estimator_averages_to_the_full_gradient(name: str) -> None:
         tiled_loss(hidden, head, rows, [sampled], scorer=scorer, student_temperature=1.0, chunk_tokens=64)[0].backward()
         mean += hidden.grad
     torch.testing.assert_close(mean, full, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "most"), [("reverse", LOGITS_COPIES), ("forward", LOGITS_COPIES), ("jsd", 10)])
+def test_no_more_tiles_are_alive_at_once_than_the_memory_estimate_says(name: str, most: int) -> None:
+    """Counts storages of a tile's size: at a vocabulary of 151,936 each of them is 0.3 GB."""
+    T, V, C = 64, 5000, 32
+    hidden, weight = torch.randn(T, 2).requires_grad_(), torch.randn(V, 2).requires_grad_()
+    ones_T = torch.ones(T, dtype=torch.bool)
+    scorer = ScorerRows("teacher", ones_T, 1.0, hidden_TD=torch.randn(T, 2), head=Head(torch.randn(V, 2), V))
+    rows = TokenRows(torch.zeros(T, dtype=torch.int64), torch.zeros(T), {"a": torch.ones(T)})
+    alive: dict[int, int] = {}
+    peak = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal peak
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() >= C * V:
+                storage = out.untyped_storage()
+                if storage.data_ptr() not in alive:
+                    alive[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, alive.pop, storage.data_ptr(), None)
+                peak = max(peak, sum(alive.values()))
+            return out
+
+    with Count():
+        tiled_loss(
+            hidden, Head(weight, V), rows, [TERMS[name]], scorer=scorer, student_temperature=1.0, chunk_tokens=C
+        )
+    assert peak / (4 * C * V) < most + 0.5

@@ -13,7 +13,7 @@ from pathlib import Path
 from opd.costs.size import ModelSize
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
-LOGITS_COPIES = 4  # student's logits, their gradient, teacher's logits, one scratch: float32 each
+LOGITS_COPIES = 7  # float32 [C, V] alive at the peak of objectives/kernels/tiled.py, counted there (JSD: 10)
 
 
 def training_memory(

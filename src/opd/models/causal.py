@@ -82,6 +82,8 @@ class CausalLM:
 
     def hidden(self, ids_NS: Tensor, attention_NS: Tensor, positions_NS: Tensor) -> Tensor:
         """[N, S, D] states that the head turns into logits, in `compute_dtype`; no logits are made."""
+        if torch.is_grad_enabled():
+            self._recompute()
         given = {
             "input_ids": ids_NS,
             "attention_mask": attention_NS,
@@ -91,6 +93,13 @@ class CausalLM:
         with self.autocast():
             states_NSD = self._body(**{k: v for k, v in given.items() if k in self._body_takes}).last_hidden_state
         return states_NSD.to(self.compute_dtype)
+
+    def _recompute(self) -> None:
+        """transformers recomputes activations only in layers in training mode. The layers alone are put there: their
+        parts stay in eval mode, so that dropout stays off and the student trains as what it sampled as."""
+        for layer in self.module.modules():
+            if getattr(layer, "gradient_checkpointing", False):
+                layer.training = True
 
     def fingerprint(self) -> str:
         """Hash of names, shapes and up to 512 spread values of every tensor: tells two checkpoints apart in

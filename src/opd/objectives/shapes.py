@@ -49,12 +49,12 @@ def maths(spec: ReverseKL | ForwardKL | JensenShannon) -> ShapeMaths:
 
 def _gap(logp: Tensor, logq: Tensor) -> Tensor:
     """log q - log p; where both have no mass the ratio is taken as 1, so that 0 * log(0/0) adds nothing."""
-    return torch.where((logp == -math.inf) & (logq == -math.inf), 0.0, logq - logp)
+    return (logq - logp).masked_fill_((logp == -math.inf) & (logq == -math.inf), 0.0)
 
 
 def _weighted(logp: Tensor, value: Tensor) -> Tensor:
     """p * value with 0 * inf = 0."""
-    return torch.where(logp == -math.inf, 0.0, logp.exp() * value)
+    return (logp.exp() * value).masked_fill_(logp == -math.inf, 0.0)
 
 
 REVERSE_KL = ShapeMaths(

@@ -110,20 +110,24 @@ class _TiledLoss(torch.autograd.Function):
             tile = slice(start, start + chunk_tokens)
             hidden_CD = hidden_TD.detach()[tile]
             logits_CV = head_logits(hidden_CD, frozen_head)
-            piece_loss, dlogits_CV, piece = _tile(logits_CV, tile, rows, terms, scorer, student_temperature)
+            capped_CV = None if head.softcap is None else logits_CV / head.softcap
+            logp_CV = torch.log_softmax(logits_CV / student_temperature, dim=-1)
+            del logits_CV  # a tile is the largest thing alive (0.3 GB at C = 512, V = 152k): none is kept unread
+            piece_loss, dlogits_CV, piece = _tile(logp_CV, tile, rows, terms, scorer, student_temperature)
             total += piece_loss
             pieces.append(piece)
-            if head.softcap is not None:
-                dlogits_CV *= 1.0 - (logits_CV / head.softcap).square()
+            if capped_CV is not None:
+                dlogits_CV *= 1.0 - capped_CV.square()
             if head.scale != 1.0:
                 dlogits_CV *= head.scale
             dlogits_cast_CV = dlogits_CV.to(weight.dtype)
             if dhidden_TD is not None:
                 dhidden_TD[tile] = dlogits_cast_CV @ weight
             if dweight_VD is not None:
-                dweight_VD[:V] += (dlogits_cast_CV.T @ hidden_CD).to(dweight_VD.dtype)
+                dweight_VD[:V] += dlogits_cast_CV.T @ hidden_CD
             if dbias_V is not None:
                 dbias_V[:V] += dlogits_CV.sum(0)
+            del logp_CV, dlogits_CV, dlogits_cast_CV, capped_CV
         ctx.gradients = (dhidden_TD, dweight_VD, dbias_V)
         values.append(_joined(pieces))
         return total
@@ -131,27 +135,30 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:
         (scale,) = outputs
-        gradients = [None if g is None else g * scale.to(g.dtype) for g in ctx.gradients]
+        gradients = [None if g is None else g.mul_(scale) for g in ctx.gradients]  # ours alone: no second [V, D]
         ctx.gradients = None
         return (*gradients, *[None] * 7)
 
 
 def _tile(
-    logits_CV: Tensor,
+    logp_CV: Tensor,
     tile: slice,
     rows: TokenRows,
     terms: tuple[Term, ...],
     scorer: ScorerRows | None,
     student_temperature: float,
 ) -> tuple[Tensor, Tensor, TokenValues]:
-    """Loss, gradient with respect to the (unscaled) logits, and per-token facts of one tile."""
-    logp_CV = torch.log_softmax(logits_CV / student_temperature, dim=-1)
+    """Loss, gradient with respect to the logits (before scale and cap), and per-token facts of one tile."""
     p_CV = logp_CV.exp()
     token_C = rows.token_T[tile, None]
     logp_C = logp_CV.gather(1, token_C)[:, 0]
     logq_CV, logq_C = _scorer_tile(scorer, tile, token_C)
-    dlogits_CV = torch.zeros_like(logits_CV)
-    loss = logits_CV.new_zeros(())
+    dlogits_CV = torch.zeros_like(logp_CV)
+    loss = logp_CV.new_zeros(())
+    if logq_CV is not None:
+        reverse_kl_C = REVERSE_KL.f_mass(logp_CV, logq_CV).sum(-1)
+    else:
+        reverse_kl_C = None if logq_C is None else logp_C - logq_C
     term_values: dict[str, Tensor] = {}
     for term in terms:
         weight_C = rows.weights[term.name][tile]
@@ -159,11 +166,13 @@ def _tile(
         if term.target == "teacher" and term.support == "full":
             assert logq_CV is not None, "a full-support term needs the teacher's distribution"
             shape = maths(term.shape)
-            value_C = shape.f_mass(logp_CV, logq_CV).sum(-1)
-            h_mass_CV = shape.h_mass(logp_CV, logq_CV)
+            value_C = reverse_kl_C if shape is REVERSE_KL else shape.f_mass(logp_CV, logq_CV).sum(-1)
+            assert value_C is not None
+            field_CV = shape.h_mass(logp_CV, logq_CV)
+            field_CV.addcmul_(p_CV, field_CV.sum(-1, keepdim=True), value=-1.0)
             # A masked token may hold NaN: choose, never multiply by zero.
-            field_CV = h_mass_CV.addcmul_(p_CV, h_mass_CV.sum(-1, keepdim=True), value=-1.0)
-            dlogits_CV -= torch.where(kept_C[:, None], weight_C[:, None] * field_CV, 0.0)
+            dlogits_CV -= field_CV.mul_(weight_C[:, None]).masked_fill_(~kept_C[:, None], 0.0)
+            del field_CV
             loss = loss + torch.where(kept_C, weight_C * value_C, 0.0).sum()
         else:
             strength_C, value_C = _sampled(term, logp_C, logq_C, rows.behaviour_T[tile])
@@ -173,11 +182,6 @@ def _tile(
             loss = loss + torch.where(kept_C, weight_C * value_C, 0.0).sum()
         term_values[term.name] = value_C
     dlogits_CV /= student_temperature
-    reverse_kl_C = None
-    if logq_CV is not None:
-        reverse_kl_C = REVERSE_KL.f_mass(logp_CV, logq_CV).sum(-1)
-    elif logq_C is not None:
-        reverse_kl_C = logp_C - logq_C
     return loss, dlogits_CV, TokenValues(term_values, logp_C, -(p_CV * logp_CV).sum(-1), reverse_kl_C)
 
 
@@ -189,8 +193,8 @@ def _scorer_tile(scorer: ScorerRows | None, tile: slice, token_C: Tensor) -> tup
         assert scorer.logprobs_T is not None
         return None, scorer.logprobs_T[tile]
     with torch.no_grad():
-        logits_CV = head_logits(scorer.hidden_TD[tile], scorer.head)
-        logq_CV = torch.log_softmax(logits_CV / scorer.temperature, dim=-1)
+        logits_CV = head_logits(scorer.hidden_TD[tile], scorer.head).div_(scorer.temperature)
+        logq_CV = torch.log_softmax(logits_CV, dim=-1)
     return logq_CV, logq_CV.gather(1, token_C)[:, 0]
 
 
