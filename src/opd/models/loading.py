@@ -42,7 +42,9 @@ def load_student(spec: Student, vocab_size: int) -> CausalLM:
     device = pick_device(spec.device)
     loaded = _load(spec, role="student", vocab_size=vocab_size, parameter_dtype=torch.float32, device=device)
     if spec.gradient_checkpointing:
-        loaded.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The older name is the only one in the lowest transformers we accept; both default to use_reentrant=False.
+        enable = getattr(loaded.module, "activation_checkpointing_enable", loaded.module.gradient_checkpointing_enable)
+        enable()
     return loaded
 
 
