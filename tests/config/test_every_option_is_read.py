@@ -17,8 +17,8 @@ import pytest
 
 import opd
 from opd.config.objective import Spec
-from opd.config.options import ROOT, Option
 from opd.config.schema import Config
+from opd.config.schema_walk import ROOT, Option
 
 SOURCE = Path(opd.__file__).parent
 # These two are read while a config is checked, and by nothing after it: what they stand for is in `terms`.

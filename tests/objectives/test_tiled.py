@@ -219,7 +219,5 @@ def test_no_more_tiles_are_alive_at_once_than_the_memory_estimate_says(name: str
             return out
 
     with Count():
-        tiled_loss(
-            hidden, Head(weight, V), rows, [TERMS[name]], scorer=scorer, student_temperature=1.0, chunk_tokens=C
-        )
+        tiled_loss(hidden, Head(weight, V), rows, [TERMS[name]], scorer=scorer, student_temperature=1.0, chunk_tokens=C)
     assert peak / (4 * C * V) < most + 0.5

@@ -158,7 +158,7 @@ def test_over_long_prompts_are_dropped_and_counted():
     made = stream([(rows("a", 10), 1), (rows("b", 3), 1)], max_prompt_tokens=4, per_step=8)
     assert made.dropped == {"a": 6, "b": 0}
     assert len(made) == 7 and made.longest == 4
-    assert sorted(row.id for row in made.rows()) == ["a/0", "a/1", "a/2", "a/3", "b/0", "b/1", "b/2"]
+    assert sorted(prompt.id for prompt in made.prompts()) == ["a/0", "a/1", "a/2", "a/3", "b/0", "b/1", "b/2"]
     assert set(drawn(made, 4)) == {"a/0", "a/1", "a/2", "a/3", "b/0", "b/1", "b/2"}
 
 

@@ -55,7 +55,7 @@ def test_card_says_what_it_is_and_how_good():
         "| student before | 74.2 % | [70.2, 77.9] |",
         "| teacher | 99.0 % | [97.7, 99.6] |",
         "Gap to the teacher closed: 84 %",
-        "reverse KL, KL(student || teacher), over the whole vocabulary at every token",
+        "KL(student || teacher), over the whole vocabulary at every token",
         "`c0ffee`",
         "`train.jsonl`",
         "`open-r1/DAPO-Math-17k` (dataset, split `train`, revision `abc`, weight 2.0)",
@@ -102,7 +102,7 @@ def test_every_preset_is_put_in_words(preset):
     words = {
         "reverse_kl": "KL(student || teacher)",
         "forward_kl": "KL(teacher || student)",
-        "jsd": "Jensen-Shannon divergence between teacher and student (beta 0.5, normalised False)",
+        "jsd": "JSD(teacher, student) (beta 0.5, normalised False)",
         "tml": "its log-ratio is taken under the sampler that wrote it, weighted by",
         "sft": "minimised on the answers of the data",
     }

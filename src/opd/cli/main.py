@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 import opd
-from opd.errors import EXIT_DONE, BadInput, ConfigError, OpdError
+from opd.errors import EXIT_DONE, EXIT_INTERRUPTED, BadInput, ConfigError, OpdError
 
 Items = Annotated[str, Parameter(allow_leading_hyphen=True, negative=(), show_default=False)]
 
@@ -20,6 +21,7 @@ app = App(
     version=opd.__version__,
     help_format="plaintext",
     default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,
 )
 config_app = App(
     name="config", help="Look at configs without running anything.", default_parameter=Parameter(negative=())
@@ -44,7 +46,11 @@ def init(path: Path = Path("recipe.yaml"), /, *, force: bool = False) -> None:
         raise BadInput(f"{path} already exists; choose another name or pass --force")
     if not path.parent.is_dir():
         raise BadInput(f"{path}: there is no folder {path.parent}")
-    path.write_text(files("opd.cli").joinpath("starter.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    text = files("opd.cli").joinpath("starter.yaml").read_text(encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from error
     print(f"wrote {path}; fill in student, teacher and prompts, then: opd train {path} --dry-run")
 
 
@@ -179,6 +185,7 @@ def split(items: tuple[str, ...]) -> tuple[list[str], list[str]]:
 def main() -> None:
     """The entry point of the `opd` command."""
     warnings.showwarning = lambda message, *_, **__: print(f"opd: note: {message}", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
     try:
         app(sys.argv[1:], exit_on_error=True, print_error=True)
     except OpdError as error:
@@ -186,7 +193,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("opd: stopped", file=sys.stderr)
-        sys.exit(75)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = None
     sys.exit(EXIT_DONE)
 
 

@@ -16,10 +16,10 @@ from pydantic import ValidationError
 
 from opd.config.naming import source_name
 from opd.config.objective import ForwardKL, Objective, Spec, Term
-from opd.config.options import KeyPath, as_path, dotted, nearest_word
 from opd.config.presets import PRESETS, Preset, expand
 from opd.config.problems import Problem, config_error, shown
 from opd.config.schema import Config
+from opd.config.schema_walk import KeyPath, as_path, dotted, nearest_word
 from opd.errors import ConfigError
 
 

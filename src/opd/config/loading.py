@@ -16,11 +16,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from opd.config.checks import check, expanded
-from opd.config.options import ROOT, KeyPath, Option, dotted, option_at, value_at
 from opd.config.presets import expand
 from opd.config.problems import Problem, config_error, explain, origin_of
 from opd.config.reading import Layer, Unreadable, read_file, read_mapping, read_value
 from opd.config.schema import Config
+from opd.config.schema_walk import ROOT, KeyPath, Option, dotted, option_at, value_at
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"

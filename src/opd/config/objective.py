@@ -6,7 +6,7 @@ slot or a new preset in `presets.py`; neither the loop nor the learner knows any
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,18 +18,21 @@ class Spec(BaseModel):
 class ReverseKL(Spec):
     """KL(student || teacher): h(r) = log r. Mode-seeking; the usual choice for on-policy distillation."""
 
+    formula: ClassVar[str] = "KL(student || teacher)"
     kind: Literal["reverse_kl"] = "reverse_kl"
 
 
 class ForwardKL(Spec):
     """KL(teacher || student): h(r) = r - 1. Mass-covering."""
 
+    formula: ClassVar[str] = "KL(teacher || student)"
     kind: Literal["forward_kl"] = "forward_kl"
 
 
 class JensenShannon(Spec):
     """GKD's generalised JSD, beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p."""
 
+    formula: ClassVar[str] = "JSD(teacher, student)"
     kind: Literal["jsd"] = "jsd"
     beta: float = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in the mixture")
     normalised: bool = Field(
@@ -38,6 +41,7 @@ class JensenShannon(Spec):
 
 
 Shape = Annotated[ReverseKL | ForwardKL | JensenShannon, Field(discriminator="kind")]
+FORMULAS = {shape.model_fields["kind"].default: shape.formula for shape in (ReverseKL, ForwardKL, JensenShannon)}
 
 
 class Term(Spec):

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from opd.config.options import ROOT, KeyPath, Option, describe, dotted, nearest, nearest_word, option_at, value_at
+from opd.config.schema_walk import ROOT, KeyPath, Option, describe, dotted, nearest, nearest_word, option_at, value_at
 from opd.errors import ConfigError
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from opd.config.options import KeyPath, dotted
 from opd.config.problems import Problem, origin_of
+from opd.config.schema_walk import KeyPath, dotted
 
 # A config is written by hand; a resolved one (.json) may carry the rows of an inline source.
 MAX_BYTES = {".yaml": 1 << 20, ".yml": 1 << 20, ".toml": 1 << 20, ".json": 64 << 20}

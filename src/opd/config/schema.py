@@ -241,7 +241,7 @@ class Optim(Spec):
     """AdamW."""
 
     lr: float = Field(default=1e-5, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -270,8 +270,8 @@ class Learner(Spec):
 class Run(Spec):
     folder: str = Field(default="runs/opd", description="everything about the run is written here")
     steps: int = Field(default=100, ge=1)
-    seed: int = 0
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; none: as many as torch takes")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    threads: int | None = Field(default=None, ge=1, le=4096, description="CPU threads; none: as many as torch takes")
     log_every: int = Field(default=1, ge=1, description="steps between two lines of the terminal")
     overwrite: bool = Field(default=False, description="delete a finished or abandoned run in the same folder")
 

@@ -15,8 +15,9 @@ from opd.models.causal import CausalLM
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(wanted: str) -> torch.device:
+def pick_device(wanted: str, role: str = "") -> torch.device:
     """The device a config means by `auto`, `cuda:0`, ...; raises ModelError when it is not there."""
+    option = f"{role}.device" if role else "device"
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -24,9 +25,9 @@ def pick_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError as e:
-        raise ModelError(f"device: {wanted!r} is not a device; use auto, cpu, cuda, cuda:0 or mps") from e
+        raise ModelError(f"{option}: {wanted!r} is not a device; use auto, cpu, cuda, cuda:0 or mps") from e
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ModelError(f"device: {wanted!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ModelError(f"{option}: {wanted!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -64,6 +65,14 @@ def load_teacher(spec: Teacher, vocab_size: int) -> CausalLM:
     return loaded
 
 
+def check_loadable(spec: Model, role: str) -> None:
+    """Raises ModelError for what is known without reading weights: folder, config, device, quantisation."""
+    pick_device(spec.device, role)
+    _read_config(spec, role)
+    if isinstance(spec, Teacher) and spec.quantisation != "none":
+        _quantisation(spec, torch.float32)
+
+
 def saved_dtype(spec: Model) -> torch.dtype:
     """The type the checkpoint is stored in: a trained student is written back in it."""
     return _read_config(spec, "student").dtype or torch.float32
@@ -74,11 +83,11 @@ def read_config(spec: Model, role: str) -> Any:
     return _read_config(spec, role)
 
 
-def generation_end_ids(spec: Model) -> tuple[int, ...]:
+def generation_end_ids(spec: Model, role: str) -> tuple[int, ...]:
     """End tokens that the model itself names: its generation config, then its config; empty when it names none."""
     from transformers import GenerationConfig
 
-    config = _read_config(spec, "model")
+    config = _read_config(spec, role)
     try:
         named = GenerationConfig.from_pretrained(_source(spec), **_revision(spec)).eos_token_id
     except OSError:  # no generation_config.json beside the weights
@@ -108,17 +117,25 @@ def _load(
     if quantisation is not None:
         options |= {"quantization_config": quantisation, "device_map": {"": str(device)}}
     try:
-        module = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             _source(spec),
             config=config,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
             dtype=parameter_dtype,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
     except Exception as e:
         raise _explained(e, spec, role) from e
+    module, report = loaded
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
+        raise ModelError(
+            f"{role}.model: {spec.model!r} is not a whole {type(module).__name__}: {len(absent)} of its weights are "
+            f"not in the checkpoint or have another shape, the first {absent[0]}. They would be random numbers."
+        )
     if quantisation is None:
         module.to(device)  # pyright: ignore[reportArgumentType]
     module.eval()
@@ -153,6 +170,11 @@ def _require_folder(source: str, role: str) -> None:
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or (os.sep != "/" and os.sep in source)
     if looks_local and not path.is_dir():
         raise ModelError(f"{role}.model: there is no folder {source!r} (seen from {Path.cwd().name}/)")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise ModelError(
+            f"{role}.model: {source!r} is an adapter (LoRA), not a model. Merge it into its base first, with peft's "
+            "merge_and_unload, and give the merged folder."
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{role}.model: the folder {source!r} has no config.json; is it a transformers checkpoint?")
 

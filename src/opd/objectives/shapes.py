@@ -44,6 +44,7 @@ def maths(spec: ReverseKL | ForwardKL | JensenShannon) -> ShapeMaths:
         return REVERSE_KL
     if isinstance(spec, ForwardKL):
         return FORWARD_KL
+    assert isinstance(spec, JensenShannon), f"the shape {spec.kind} has no maths here"
     return jensen_shannon(spec.beta, normalised=spec.normalised)
 
 

@@ -71,9 +71,9 @@ class PromptStream:
     def __len__(self) -> int:
         return sum(len(walk.prompts) for walk in self._walks)
 
-    def rows(self) -> Iterator[Row]:
-        """Every row that is left, once."""
-        return (prompt.row for walk in self._walks for prompt in walk.prompts)
+    def prompts(self) -> Iterator[Prompt]:
+        """Every prompt that is left, once."""
+        return (prompt for walk in self._walks for prompt in walk.prompts)
 
     def batch(self, step: int) -> list[Prompt]:
         """The `per_step` prompts of step 0, 1, ...

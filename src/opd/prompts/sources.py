@@ -73,7 +73,11 @@ def _jsonl(path: str) -> Iterator[tuple[str, Any]]:
                 if text.strip():
                     yield f"{path}:{number}", json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not a JSON object: {error.msg} at column {error.colno}") from error
+        hint = "; the file looks like one JSON array, but every line must be an object (JSON Lines)"
+        array = number == 1 and error.doc.lstrip().startswith("[")
+        raise DataError(
+            f"{path}:{number}: not a JSON object: {error.msg} at column {error.colno}{hint if array else ''}"
+        ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start} of the line") from error
     except (OSError, EOFError, zlib.error) as error:

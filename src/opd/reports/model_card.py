@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from opd.config.objective import FORMULAS
 from opd.reports.figures import count, counted, duration, interval, percent
 from opd.reports.printable import printable
 
@@ -22,11 +23,6 @@ folder = "path/to/this/folder"
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
-DIVERGENCES = {
-    "reverse_kl": "reverse KL, KL(student || teacher)",
-    "forward_kl": "forward KL, KL(teacher || student)",
-    "jsd": "generalised Jensen-Shannon divergence between teacher and student",
-}
 REDUCTIONS = {
     "token_mean": "averaged over all trained tokens of a step",
     "sequence_mean": "averaged over the answers of a step, each by its own mean over tokens",
@@ -138,7 +134,7 @@ def _term(term: Mapping[str, Any]) -> str:
     if term["target"] == "data":
         what = "cross-entropy, minus the log-probability of every token of the answer"
     else:
-        what = DIVERGENCES.get(shape["kind"]) or code(shape["kind"])
+        what = FORMULAS[shape["kind"]]
         settings = [f"{escape(key)} {escape(value)}" for key, value in shape.items() if key != "kind"]
         what += f" ({', '.join(settings)})" if settings else ""
         if term["support"] == "full":

@@ -50,7 +50,7 @@ class Answers:
             n = int(rollout_N[int(np.argmin(np.isfinite(written_logprob_N)))])
             raise ModelError(
                 f"the student's logits are not finite at position {self.length_N[n]} of rollout {self.rollout_ids[n]}. "
-                "Its weights are broken, or its compute dtype overflows: try dtype: float32."
+                "Its weights are broken (in the checkpoint, or by too high a learning rate), or its dtype overflows."
             )
         self.ids_NT[rollout_N, position_N] = written_N
         self.logprobs_NT[rollout_N, position_N] = written_logprob_N

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from opd.config.schema import Config, Evals, Model, Sampling, Task
@@ -10,7 +11,7 @@ from opd.costs.size import ModelSize, model_size
 from opd.errors import BadInput, DataError, ModelError, OpdError
 from opd.evals.tasks import EvalTask
 from opd.grading.graders import check_rows, make_grader
-from opd.models.loading import generation_end_ids, read_config
+from opd.models.loading import check_loadable, generation_end_ids, read_config
 from opd.prompts.mixture import PromptStream
 from opd.prompts.sources import read_source
 from opd.protocols import Grader
@@ -29,22 +30,23 @@ class Texts:
     agreement: Agreement | None
 
 
-def load_format(spec: Model) -> PromptFormat:
-    """The tokenizer and prompt format of one model."""
+def load_format(spec: Model, role: str) -> PromptFormat:
+    """The tokenizer and prompt format of one model; its folder is looked at first, so that messages name the model."""
+    check_loadable(spec, role)
     tokenizer = load_tokenizer(
         spec.tokenizer or spec.model,
         revision=None if spec.tokenizer else spec.revision,
         trust_remote_code=spec.trust_remote_code,
     )
-    return PromptFormat(tokenizer, Format(**spec.format.model_dump()), generation_end_ids(spec))
+    return PromptFormat(tokenizer, Format(**spec.format.model_dump()), generation_end_ids(spec, role))
 
 
 def load_texts(config: Config) -> Texts:
     """Both formats and what they agree on; raises ModelError when the two cannot read each other."""
-    student = load_format(config.student)
+    student = load_format(config.student, "student")
     if config.teacher is None:
         return Texts(student, None, None)
-    teacher = load_format(config.teacher)
+    teacher = load_format(config.teacher, "teacher")
     return Texts(student, teacher, compare(student, teacher))
 
 
@@ -73,16 +75,43 @@ def training_params(config: Config, texts: Texts) -> SamplingParams:
 def load_prompts(config: Config, fmt: PromptFormat) -> PromptStream:
     """The training prompts, rendered in the student's format."""
     spec = config.prompts
-    need_completion = config.objective.behaviour == "dataset"
-    sources = [(read_source(source), source.weight) for source in spec.sources]
-    return PromptStream(
-        sources,
-        lambda row: render(row, fmt),
-        per_step=spec.per_step,
-        max_prompt_tokens=spec.max_prompt_tokens,
-        shuffle=spec.shuffle,
-        seed=spec.seed,
-        need_completion=need_completion,
+    sources = []
+    for i, source in enumerate(spec.sources):
+        with _named(f"prompts.sources.{i}"):
+            sources.append((read_source(source), source.weight))
+    with _named("prompts"):
+        return PromptStream(
+            sources,
+            lambda row: render(row, fmt),
+            per_step=spec.per_step,
+            max_prompt_tokens=spec.max_prompt_tokens,
+            shuffle=spec.shuffle,
+            seed=spec.seed,
+            need_completion=config.objective.behaviour == "dataset",
+        )
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Data errors say which option of the config brought them."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{option}: {error}") from error
+
+
+def cut_answers(config: Config, prompts: PromptStream) -> str | None:
+    """A sentence about answers of the data that are longer than the limit; None where none is cut."""
+    if config.objective.behaviour != "dataset":
+        return None
+    lengths = [len(p.completion_ids) for p in prompts.prompts() if p.completion_ids is not None]
+    limit = config.sampling.max_tokens
+    cut = sum(length > limit for length in lengths)
+    if not cut:
+        return None
+    return (
+        f"{cut} of {len(lengths)} answers are longer than sampling.max_tokens = {limit} (the longest has {max(lengths)} "
+        "tokens): they are cut there and their end is not learned"
     )
 
 
@@ -118,34 +147,41 @@ class PreparedTask:
 def load_tasks(evals: Evals) -> list[PreparedTask]:
     """Held-out problems and their graders; a row without a reference is found here, not after training."""
     tasks = []
-    for spec in evals.tasks:
-        rows = read_source(spec.source)
+    for i, spec in enumerate(evals.tasks):
+        with _named(f"evals.tasks.{i}.source"):
+            rows = read_source(spec.source)
         settings = spec.grader.model_dump(exclude={"kind"})
-        check_rows(spec.grader.kind, settings, rows)
+        with _named(f"evals.tasks.{i}.grader"):
+            check_rows(spec.grader.kind, settings, rows)
         tasks.append(PreparedTask(spec, rows, make_grader(spec.grader.kind, settings, workers=evals.workers)))
     return tasks
 
 
 def check_context(config: Config, texts: Texts, prompts: PromptStream, tasks: Sequence[PreparedTask]) -> None:
     """Raises BadInput when a prompt and its answer cannot fit into a model's positions."""
-    checks: list[tuple[str, Model, int, str]] = []
-    longest = prompts.longest
-    checks.append(("student", config.student, longest + config.sampling.max_tokens, "sampling.max_tokens"))
+    limit = config.sampling.max_tokens
+    _fits("student", config.student, prompts.longest, limit, "sampling.max_tokens")
     if texts.teacher is not None and config.teacher is not None:
-        teacher_longest = max(len(texts.teacher.prompt_ids(row)) for row in prompts.rows())
-        total = teacher_longest + config.sampling.max_tokens
-        checks.append(("teacher", config.teacher, total, "sampling.max_tokens"))
+        longest = max(len(texts.teacher.prompt_ids(prompt.row)) for prompt in prompts.prompts())
+        _fits("teacher", config.teacher, longest, limit, "sampling.max_tokens")
+    check_task_context(config, texts.student, tasks)
+
+
+def check_task_context(config: Config, fmt: PromptFormat, tasks: Sequence[PreparedTask]) -> None:
+    """The same for the student and its held-out tasks."""
     for task in tasks:
-        limit = (task.spec.sampling or config.sampling).max_tokens
-        task_longest = max(len(texts.student.prompt_ids(row)) for row in task.rows)
-        checks.append(("student", config.student, task_longest + limit, f"max_tokens of task {task.spec.name}"))
-    for role, model, needed, option in checks:
-        positions = getattr(read_config(model, role).get_text_config(), "max_position_embeddings", None)
-        if positions is not None and needed > positions:
-            raise BadInput(
-                f"{role} {model.model} has {positions} positions, but the longest prompt plus {option} needs {needed}: "
-                f"lower {option} or prompts.max_prompt_tokens."
-            )
+        longest = max(len(fmt.prompt_ids(row)) for row in task.rows)
+        option = "sampling.max_tokens" if task.spec.sampling is None else f"max_tokens of task {task.spec.name}"
+        _fits("student", config.student, longest, (task.spec.sampling or config.sampling).max_tokens, option)
+
+
+def _fits(role: str, model: Model, prompt_tokens: int, max_tokens: int, option: str) -> None:
+    positions = getattr(read_config(model, role).get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + max_tokens > positions:
+        raise BadInput(
+            f"{role}.model: {model.model} has {positions} positions, but the longest prompt ({prompt_tokens} tokens) "
+            f"plus {option} = {max_tokens} needs {prompt_tokens + max_tokens}: lower {option} or drop long prompts."
+        )
 
 
 def config_size(spec: Model, role: str, parameters: int | None = None) -> ModelSize:

@@ -16,9 +16,16 @@ from opd.reports.progress import say
 from opd.reports.table import memory
 from opd.text.agreement import rendered_difference
 from opd.text.formats import PromptFormat
-from opd.wiring.build import PreparedTask, Texts, check_context, config_size, load_prompts, load_tasks, load_texts
-
-SHAPES = {"reverse_kl": "KL(student || teacher)", "forward_kl": "KL(teacher || student)", "jsd": "JSD"}
+from opd.wiring.build import (
+    PreparedTask,
+    Texts,
+    check_context,
+    config_size,
+    cut_answers,
+    load_prompts,
+    load_tasks,
+    load_texts,
+)
 
 
 def dry_run(config: Config, console: Console | None = None) -> None:
@@ -93,12 +100,14 @@ def _prompts(config: Config, prompts: PromptStream) -> list[str]:
         for name, count in prompts.dropped.items()
         if count
     ]
-    answers = config.prompts.per_step * config.sampling.samples_per_prompt
+    samples = 1 if config.objective.behaviour == "dataset" else config.sampling.samples_per_prompt
+    answers = config.prompts.per_step * samples
     lines.append(
-        f"a step: {config.prompts.per_step} prompts x {config.sampling.samples_per_prompt} answers = {answers}, "
-        f"at most {answers * config.sampling.max_tokens:,} tokens; {config.run.steps} steps"
+        f"a step: {counted(config.prompts.per_step, 'prompt')} x {counted(samples, 'answer')} = {answers}, "
+        f"at most {answers * config.sampling.max_tokens:,} tokens; {counted(config.run.steps, 'step')}"
     )
-    return lines
+    cut = cut_answers(config, prompts)
+    return lines if cut is None else [*lines, cut]
 
 
 def _term(term: Term) -> str:
@@ -107,10 +116,10 @@ def _term(term: Term) -> str:
     where = "the whole vocabulary" if term.support == "full" else "the drawn token"
     weights = "" if term.importance == "none" else ", weighted by student / sampler"
     return (
-        f"{term.name}: {term.coefficient:g} x {SHAPES[term.shape.kind]} on {where}{weights}, "
+        f"{term.name}: {term.coefficient:g} x {term.shape.formula} on {where}{weights}, "
         f"log-ratio under the {term.advantage_under}, {term.reduction}"
         if term.support == "sampled"
-        else f"{term.name}: {term.coefficient:g} x {SHAPES[term.shape.kind]} on {where}, {term.reduction}"
+        else f"{term.name}: {term.coefficient:g} x {term.shape.formula} on {where}, {term.reduction}"
     )
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
 
 from opd.config.loading import load_config
-from opd.config.schema import Config
+from opd.config.schema import Config, Grader
 from opd.errors import ConfigError
 from opd.evals.tasks import EvalResult, run_task
 from opd.models.loading import load_student
 from opd.reports.progress import RunView
 from opd.reports.table import scores
 from opd.rollouts.engine import EmbeddedEngine
-from opd.wiring.build import load_format, load_tasks
+from opd.wiring.build import check_task_context, load_format, load_tasks
 
 SHORT = ("task", "grader", "samples", "max_tokens", "temperature", "answer_column")
 
@@ -34,9 +34,14 @@ def evaluate_model(
     config = _config(model, files, overrides)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    fmt = load_format(config.student)
+    if not config.evals.tasks:
+        raise ConfigError(
+            "evals.tasks is empty, so there is nothing to take: name a task in the recipe, or use task=FILE"
+        )
+    fmt = load_format(config.student, "student")
     tasks = load_tasks(config.evals)
     try:
+        check_task_context(config, fmt, tasks)
         engine = EmbeddedEngine(
             load_student(config.student, fmt.tokenizer.vocab_size),
             seed=config.run.seed,
@@ -83,7 +88,8 @@ def _config(model: str, files: Sequence[str | Path], overrides: Sequence[str]) -
     else:
         source = {"kind": "parquet" if short["task"].endswith(".parquet") else "jsonl", "path": short["task"]}
         if "grader" not in short:
-            raise ConfigError("opd eval task=FILE needs grader=exact, numeric, math, python or reasoning_gym")
+            kinds = [cls.model_fields["kind"].default for cls in get_args(get_args(Grader)[0])]
+            raise ConfigError(f"opd eval task=FILE needs grader=KIND, one of {', '.join(kinds)}")
         grader = {"kind": short["grader"]}
     if "answer_column" in short:
         grader["answer_column"] = short["answer_column"]

@@ -23,6 +23,7 @@ from opd.costs.ledger import Ledger
 from opd.errors import Interrupted, OpdError
 from opd.evals.tasks import EvalResult, run_task
 from opd.journal.folder import RunFolder
+from opd.journal.folder import check as check_folder
 from opd.journal.records import Interval, Status, summary_record
 from opd.learner.learner import LocalLearner
 from opd.loop.synchronous import Listener, Rooms, train
@@ -31,6 +32,7 @@ from opd.models.loading import load_student, load_teacher, saved_dtype
 from opd.models.saving import save_model
 from opd.objectives.objective import Objective
 from opd.protocols import Sampler
+from opd.reports.figures import counted
 from opd.reports.model_card import model_card
 from opd.reports.progress import RunView
 from opd.reports.table import results
@@ -43,11 +45,14 @@ from opd.wiring.build import (
     Texts,
     check_context,
     config_size,
+    cut_answers,
     load_prompts,
     load_tasks,
     load_texts,
     training_params,
 )
+
+Rows = Sequence[str | Mapping[str, Any] | Sequence[Mapping[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,9 @@ class Run:
 
 
 def distill(
-    student: str | Mapping[str, Any] | None = None,
-    teacher: str | Mapping[str, Any] | None = None,
-    prompts: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    student: str | Path | Mapping[str, Any] | None = None,
+    teacher: str | Path | Mapping[str, Any] | None = None,
+    prompts: str | Path | Rows | Mapping[str, Any] | None = None,
     *,
     config: str | Path | Sequence[str | Path] = (),
     quiet: bool = False,
@@ -76,16 +81,19 @@ def distill(
     """Distils `teacher` into `student` on the student's own answers to `prompts`.
 
     student, teacher   a folder or hub name, or a mapping as in the config.
-    prompts            a JSONL or Parquet file, a list of rows (strings, or mappings with a prompt column), or a mapping
-                       as in the config.
+    prompts            a JSONL or Parquet file, a list of rows (strings, chats, or mappings with a prompt column), or a
+                       mapping as in the config.
     config             config files to start from; the other arguments win over them.
-    overrides          sections of the config as mappings, e.g. `optim={"lr": 1e-5}, run={"steps": 50}`.
+    overrides          sections of the config as mappings, e.g. `optim={"lr": 1e-5}, run={"steps": 50}`; the objective
+                       may be a preset's name.
     Raises ConfigError, DataError or ModelError before anything expensive when the input cannot work.
     """
     given: dict[str, Any] = dict(overrides)
     for key, value in (("student", student), ("teacher", teacher)):
         if value is not None:
-            given[key] = {"model": value} if isinstance(value, str) else dict(value)
+            given[key] = {"model": str(value)} if isinstance(value, str | Path) else dict(value)
+    if isinstance(given.get("objective"), str):
+        given["objective"] = {"preset": given["objective"]}
     if prompts is not None:
         given["prompts"] = _prompts(prompts)
     files = [config] if isinstance(config, str | Path) else list(config)
@@ -99,26 +107,28 @@ def execute(config: Config, *, console: Console | None = None) -> Run:
     torch.manual_seed(config.run.seed)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    with ledger.seconds("prepare"):
-        texts = load_texts(config)
-        prompts = load_prompts(config, texts.student)
-        tasks = load_tasks(config.evals)
-    try:
-        check_context(config, texts, prompts, tasks)
-        params = training_params(config, texts)
-        folder = RunFolder.create(
-            config.run.folder,
-            overwrite=config.run.overwrite,
-            config=resolved(config),
-            config_hash=config_hash(config),
-            environment=environment(config),
-            needed_bytes=4 * config_size(config.student, "student").parameters,
-        )
-        with folder, view:
-            return _Session(config, texts, prompts, tasks, params, folder, view, ledger).run()
-    finally:
-        for task in tasks:
-            task.grader.close()
+    with _terminable():
+        with ledger.seconds("prepare"):
+            check_folder(config.run.folder, overwrite=config.run.overwrite, config=config.model_dump(mode="json"))
+            texts = load_texts(config)
+            prompts = load_prompts(config, texts.student)
+            tasks = load_tasks(config.evals)
+        try:
+            check_context(config, texts, prompts, tasks)
+            params = training_params(config, texts)
+            folder = RunFolder.create(
+                config.run.folder,
+                overwrite=config.run.overwrite,
+                config=resolved(config),
+                config_hash=config_hash(config),
+                environment=environment(config),
+                needed_bytes=4 * config_size(config.student, "student").parameters,
+            )
+            with folder, view:
+                return _Session(config, texts, prompts, tasks, params, folder, view, ledger).run()
+        finally:
+            for task in tasks:
+                task.grader.close()
 
 
 def environment(config: Config) -> dict[str, Any]:
@@ -154,6 +164,8 @@ class _Session:
         self.after: dict[str, EvalResult] = {}
         self.teacher_results: dict[str, EvalResult] = {}
         self.trained_tokens = 0
+        view.start(config.run.steps, self._headline())
+        view.phase("loading models")
         with ledger.seconds("load"):
             self._load()
 
@@ -188,18 +200,15 @@ class _Session:
         steps = self.config.run.steps
         status: Status = "done"
         error: OpdError | None = None
-        self.view.start(steps, self._headline())
         try:
-            with _terminable():
-                self.before = self._evaluate(0)
-                self._evaluate_teacher()
-                train(self._rooms(), steps=steps, ledger=self.ledger, listener=self._listener())
-                self.after = self._evaluate(steps)
+            self.before = self._evaluate(0)
+            self._evaluate_teacher()
+            train(self._rooms(), steps=steps, ledger=self.ledger, listener=self._listener())
+            self.after = self._evaluate(steps)
         except KeyboardInterrupt:
             status = "interrupted"
-            error = Interrupted(
-                f"stopped after {self.learner.step} of {steps} steps; the student so far is in {self.folder.final}"
-            )
+            done = f"stopped after {self.learner.step} of {steps} steps"
+            error = Interrupted(f"{done}; the student so far is in {self.folder.final}" if self.learner.step else done)
         except OpdError as caught:
             status, error = "failed", caught
         if status == "done" or self.learner.step:
@@ -343,13 +352,16 @@ class _Session:
             f"student {config.student.model}",
             f"teacher {teacher}",
             f"objective {config.objective.preset or terms}",
-            f"{len(self.prompts)} prompts, {config.prompts.per_step} of them a step",
+            f"{counted(len(self.prompts), 'prompt')}, {config.prompts.per_step} a step",
             f"folder {self.folder.path}",
         ]
         limit = config.prompts.max_prompt_tokens
         dropped = [(name, n) for name, n in self.prompts.dropped.items() if n]
-        lines += [f"{name}: {n} prompts dropped, longer than {limit} tokens" for name, n in dropped]
-        return lines + [f"note: {note}" for note in (self.texts.agreement.notes if self.texts.agreement else ())]
+        lines += [f"{name}: {counted(n, 'prompt')} dropped, longer than {limit} tokens" for name, n in dropped]
+        notes = [] if self.texts.agreement is None else [*self.texts.agreement.notes]
+        if cut := cut_answers(config, self.prompts):
+            notes.append(cut)
+        return lines + [f"note: {note}" for note in notes]
 
 
 def eval_record(result: EvalResult) -> dict[str, Any]:
@@ -366,12 +378,16 @@ def _interval(result: EvalResult | None) -> Interval | None:
     return {"mean": result.estimate.mean, "low": low, "high": high}
 
 
-def _prompts(given: str | Sequence[str | Mapping[str, Any]] | Mapping[str, Any]) -> dict[str, Any]:
+def _prompts(
+    given: str | Path | Rows | Mapping[str, Any],
+) -> dict[str, Any]:
     if isinstance(given, Mapping):
         return dict(given)
-    if isinstance(given, str):
-        return {"sources": [{"kind": "parquet" if given.endswith(".parquet") else "jsonl", "path": given}]}
-    return {"sources": [{"kind": "inline", "name": "prompts", "rows": list(given)}]}
+    if isinstance(given, str | Path):
+        path = str(given)
+        return {"sources": [{"kind": "parquet" if path.endswith(".parquet") else "jsonl", "path": path}]}
+    rows = [row if isinstance(row, str | Mapping) else {"prompt": list(row)} for row in given]
+    return {"sources": [{"kind": "inline", "name": "prompts", "rows": rows}]}
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def write_own_answers(folder: Path, recipe: Overrides) -> None:
     from opd.wiring.build import load_format, load_prompts, sampling_params
 
     config = load_config([], base=recipe).config
-    fmt = load_format(config.student)
+    fmt = load_format(config.student, "student")
     engine = EmbeddedEngine(
         load_student(config.student, fmt.tokenizer.vocab_size),
         seed=config.run.seed + 1,
