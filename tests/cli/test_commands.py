@@ -107,3 +107,12 @@ def test_eval_of_a_reasoning_gym_task(model: str, capsys) -> None:
 )
 def test_eval_says_what_is_missing(model: str, capsys, items: list[str], named: str) -> None:
     assert named in refused(capsys, "eval", model, *items)
+
+
+def test_ctrl_c_outside_a_run_exits_75_without_a_traceback(capsys, monkeypatch) -> None:
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("opd.config.loading.load_config", stop)
+    assert opd("train", "student.model=x") == 75
+    assert capsys.readouterr().err == "opd: stopped\n"

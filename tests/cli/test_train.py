@@ -229,3 +229,21 @@ def test_a_character_that_the_tokenizer_does_not_know_names_the_row(tmp_path: Pa
     rows = '[{"kind": "inline", "name": "mine", "rows": ["sort: abcdefgh\\n", "sort: ABC\\n"]}]'
     items = [f"student.model={MODELS / 'student'}", f"teacher.model={MODELS / 'teacher'}", f"prompts.sources={rows}"]
     assert "row mine/1" in refused(capsys, "train", *items, "sampling.max_tokens=9", f"run.folder={tmp_path / 'run'}")
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("what", ["training", "task"])
+def test_a_context_too_small_for_either_model_is_found_before_weights_are_loaded(
+    world: Path, tmp_path: Path, capsys, role: str, what: str
+) -> None:
+    tiny.save(tmp_path / "short", "gpt2", seed=1, n_positions=64)
+    changes = {f"{role}__model": tmp_path / "short"}
+    if what == "training":
+        changes["sampling__max_tokens"] = 60
+    else:
+        task = {"name": "sums", "grader": {"kind": "numeric"}, "sampling": {"max_tokens": 60}}
+        task["source"] = {"kind": "jsonl", "path": str(world / "prompts.jsonl")}
+        changes["evals__tasks"] = json.dumps([task])
+    message = refused(capsys, "train", *recipe(world, tmp_path, **changes))
+    assert f"{role}.model: {tmp_path / 'short'} has 64 positions" in message

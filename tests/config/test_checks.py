@@ -277,3 +277,8 @@ def test_check_works_without_origins_and_is_stable():
 def test_all_combinations_are_reported_at_once(tmp_path):
     error = refused(tmp_path, BASE + SAMPLED + "sampling: {top_p: 0.9, top_k: 5}\nevals: {every: 1}\n")
     assert error.startswith("3 problems in the config\n")
+
+
+def test_a_student_in_float16_is_refused(tmp_path):
+    message = refused(tmp_path, BASE.replace(STUDENT, STUDENT.replace("}", ", dtype: float16}")))
+    assert "student.dtype: gradients of a mean over many tokens" in message

@@ -44,6 +44,7 @@ def test_arms_have_the_same_budget_of_answers() -> None:
 
 def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("x")
+    (tmp_path / "heldout.jsonl").write_text("{}")  # a name that other people's data has, too
     with pytest.raises(OpdError, match="no demo of opd"):
         run_demo(tmp_path, quick=True)
     assert (tmp_path / "thesis.txt").exists()

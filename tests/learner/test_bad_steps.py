@@ -107,3 +107,12 @@ def test_weight_decay_spares_vectors() -> None:
     for group in groups:
         assert group["weight_decay"] == (0.1 if group["params"][0].ndim > 1 else 0.0)
     assert {p.ndim > 1 for g in groups for p in g["params"]} == {True, False}
+
+
+def test_the_schedule_runs_over_updates_not_over_steps() -> None:
+    """Two steps of two updates, linear to zero: the rates are those of updates 1 and 3 out of 4."""
+    student, teacher, made = parts()
+    changes = {"optim": {"lr": 1e-4, "schedule": "linear"}, "run": {"steps": 2}}
+    learner = rooms.learner(student, {"preset": "tml"}, learner={"updates_per_batch": 2}, **changes)
+    rates = [learner.update(made, teacher.evidence(made)).metrics["lr"] for _ in range(2)]
+    assert rates == pytest.approx([0.75e-4, 0.25e-4])

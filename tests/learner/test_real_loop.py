@@ -168,3 +168,64 @@ def test_some_steps_bring_the_student_to_the_teacher(kind: str) -> None:
         assert report.applied
         seen.append(report.metrics["reverse_kl"])
     assert np.mean(seen[-3:]) < 0.85 * np.mean(seen[:3])
+
+
+def test_terms_of_both_resolutions_add_up_with_their_coefficients(parts) -> None:
+    student, teacher, made, _ = parts
+    terms = [{"name": "all", "coefficient": 0.5}, {"name": "drawn", "support": "sampled", "coefficient": 2.0}]
+
+    def of(*chosen, **changes):
+        objective = {"behaviour": "student", "terms": [{**term, **changes} for term in chosen]}
+        return gradient_of(student, objective, made, teacher)
+
+    apart = 0.5 * of(terms[0], coefficient=1.0) + 2.0 * of(terms[1], coefficient=1.0)
+    assert rooms.distance(of(*terms), apart) < 1e-5
+
+
+def test_tokens_without_a_behaviour_logprob_leave_terms_that_need_it(parts) -> None:
+    student, teacher, made, _ = parts
+    masked, unknown = [], []
+    for rollout in made:
+        gone = np.arange(len(rollout.mask)) % 2 == 1
+        masked.append(dataclasses.replace(rollout, mask=rollout.mask & ~gone))
+        nan = np.where(gone, np.nan, rollout.behaviour_logprobs).astype(np.float32)
+        unknown.append(dataclasses.replace(rollout, behaviour_logprobs=nan))
+    ours, theirs = (gradient_of(student, OBJECTIVES["tml"], m, teacher) for m in (unknown, masked))
+    assert rooms.distance(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "tml"])
+def test_M_15_metrics_are_means_over_the_trained_tokens_of_the_step(parts, name: str) -> None:
+    """Recomputed from the models' own logits; every other sampled log-probability is moved, up or down."""
+    student, teacher, made, _ = parts
+    made = [
+        dataclasses.replace(
+            r,
+            mask=r.mask & (np.arange(len(r.mask)) != 1),
+            behaviour_logprobs=(r.behaviour_logprobs + 0.1 * (-1.0) ** np.arange(len(r.mask))).astype(np.float32),
+        )
+        for r in made
+    ]
+    metrics = rooms.learner(student, OBJECTIVES[name], tokens_per_micro_batch=64).gradients(
+        made, teacher.evidence(made)
+    )
+    seen: dict[str, list[float]] = {"entropy": [], "reverse_kl": [], "student_logprob": [], "policy_gap": []}
+    for r in made:
+        ids = torch.from_numpy(np.concatenate([r.prompt.ids, r.response_ids]))[None]
+        with torch.no_grad():
+            logp, logq = (
+                torch.log_softmax(m.module(ids).logits[0, len(r.prompt.ids) - 1 : -1, : m.vocab_size].double(), -1)
+                for m in (student, teacher.model)
+            )
+        for t in np.flatnonzero(r.mask):
+            y = r.response_ids[t]
+            seen["entropy"].append(-(logp[t].exp() * logp[t]).sum().item())
+            full = (logp[t].exp() * (logp[t] - logq[t])).sum().item()
+            seen["reverse_kl"].append(full if name == "reverse_kl" else (logp[t, y] - logq[t, y]).item())
+            seen["student_logprob"].append(logp[t, y].item())
+            seen["policy_gap"].append(abs(logp[t, y].item() - float(r.behaviour_logprobs[t])))
+    for key, values in seen.items():
+        assert metrics[key] == pytest.approx(np.mean(values), rel=1e-4, abs=1e-5), key
+    assert metrics["policy_gap_max"] == pytest.approx(max(seen["policy_gap"]), rel=1e-3)
+    assert metrics["trained_tokens"] == sum(r.mask.sum() for r in made)
+    assert metrics["masked_tokens"] == sum((~r.mask).sum() for r in made)

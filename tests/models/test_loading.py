@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd.config.schema import Student, Teacher
 from opd.errors import ModelError
 from opd.models.causal import CausalLM
-from opd.models.loading import generation_end_ids, load_student, load_teacher, pick_device, saved_dtype
+from opd.models.loading import generation_end_ids, load_frozen, load_student, load_teacher, pick_device, saved_dtype
 from opd.models.saving import save_model
 from opd.objectives.head import head_logits
 from tests import tiny
@@ -72,6 +73,8 @@ def test_student_has_float32_weights_whatever_it_computes_in(tmp_path: Path) -> 
     teacher = load_teacher(Teacher(model=str(tmp_path / "m"), dtype="bfloat16", device="cpu"), 300)
     assert {p.dtype for p in teacher.module.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in teacher.module.parameters())
+    taken = load_frozen(spec, 300, role="student")  # as `opd eval` does: no master weights where nothing is trained
+    assert {p.dtype for p in taken.module.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
@@ -86,6 +89,17 @@ def test_a_saved_student_loads_in_transformers_as_it_was(tmp_path: Path, kind: s
     for a, b in zip(student.module.parameters(), again.parameters(), strict=True):
         assert torch.equal(a.to(dtype), b)
     assert student.module.config.dtype != torch.bfloat16, "saving must not change the live model"
+
+
+def test_tied_tensors_are_stored_once_and_counters_keep_their_type(tmp_path: Path) -> None:
+    source = tiny.save(tmp_path / "source", "gpt2", tie_word_embeddings=True)
+    student = load_student(Student(model=source, device="cpu"), 300)
+    student.module.transformer.register_buffer("count", torch.tensor([2**24 + 1]))
+    save_model(student, tiny.tokenizer(), tmp_path / "final", dtype=torch.bfloat16, end_ids=(2,))
+    stored = load_file(tmp_path / "final" / "model.safetensors")
+    assert stored["transformer.count"].item() == 2**24 + 1
+    wide = [name for name, tensor in stored.items() if tensor.shape == (300, 32)]
+    assert wide == ["transformer.wte.weight"]
 
 
 def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
@@ -155,6 +169,14 @@ def test_a_device_that_is_not_there_is_told() -> None:
             pick_device("cuda")
 
 
+def test_apple_gpus_are_not_picked_since_tokens_are_drawn_in_float64(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(ModelError, match="float64"):
+        pick_device("mps")
+
+
 def test_quantisation_names_its_extra(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     source = tiny.save(tmp_path / "m")
@@ -189,3 +211,20 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(tmp_path: Pat
         gradients.append(torch.cat([p.grad.flatten() for p in student.module.parameters() if p.grad is not None]))
     assert kept[1] < 0.5 * kept[0]
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+
+
+def test_a_checkpoint_with_weights_missing_is_refused_not_filled_with_random_numbers(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tiny.save(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if "layers.1.mlp" not in k}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"3 of its weights are not in the checkpoint.*layers\.1\.mlp"):
+        load_teacher(Teacher(model=source, device="cpu"), 300)
+
+
+def test_an_adapter_is_called_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is an adapter \(LoRA\), not a model"):
+        load_student(Student(model=str(tmp_path)), 10)

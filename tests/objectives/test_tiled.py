@@ -221,3 +221,31 @@ def test_no_more_tiles_are_alive_at_once_than_the_memory_estimate_says(name: str
     with Count():
         tiled_loss(hidden, Head(weight, V), rows, [TERMS[name]], scorer=scorer, student_temperature=1.0, chunk_tokens=C)
     assert peak / (4 * C * V) < most + 0.5
+
+
+def test_a_bfloat16_pass_sums_loss_and_head_gradient_in_float32() -> None:
+    """Many tiles: sums kept in bfloat16 would stop growing."""
+    g = torch.Generator().manual_seed(0)
+    T, D = 2000, 6
+    hidden, weight = torch.randn(T, D, generator=g), torch.randn(V, D, generator=g).requires_grad_()
+    scorer = ScorerRows(
+        "teacher",
+        torch.ones(T, dtype=torch.bool),
+        1.0,
+        hidden_TD=torch.randn(T, DT, generator=g).bfloat16(),
+        head=Head(torch.randn(V, DT, generator=g).bfloat16(), V),
+    )
+    rows = TokenRows(torch.zeros(T, dtype=torch.int64), torch.zeros(T), {"a": torch.full((T,), 1 / T)})
+    losses, gradients = [], []
+    for dtype in (torch.float64, torch.bfloat16):
+        weight.grad = None
+        states = hidden.to(dtype).requires_grad_()
+        loss, _ = tiled_loss(
+            states, Head(weight, V), rows, [TERMS["reverse"]], scorer=scorer, student_temperature=1.0, chunk_tokens=4
+        )
+        loss.backward()
+        assert states.grad.dtype == dtype
+        losses.append(loss)
+        gradients.append(weight.grad.double())
+    assert losses[1].dtype == torch.float32 and losses[1].item() == pytest.approx(losses[0].item(), rel=1e-2)
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[0].norm()

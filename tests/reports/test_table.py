@@ -146,3 +146,17 @@ def test_figures():
     ]  # fmt: skip
     assert [figures.size(x) for x in (12, 1500, 2.5e6, 3e9)] == ["12 B", "1.5 kB", "2.5 MB", "3.0 GB"]
     assert figures.counted(1, "answer") == "1 answer" and figures.counted(4, "answer") == "4 answers"
+
+
+def test_a_run_that_was_stopped_says_that_its_end_was_not_measured():
+    from rich.console import Console
+
+    from opd.reports.table import results
+
+    score = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    summary = {"student_before": score, "student_after": None, "teacher": score, "gap_closed": None, "task": "t"}
+    summary |= {"n": 10, "k": 1, "ci_method": "wilson", "preset": "tml", "status": "interrupted"}
+    console = Console(record=True, width=80)
+    results(summary, console)
+    text = console.export_text()
+    assert "not measured after training: the run is interrupted" in text and "none to close" not in text

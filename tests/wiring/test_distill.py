@@ -95,3 +95,25 @@ cli.main()
     summary = read_summary(tmp_path / "run")
     assert summary["status"] == "interrupted" and summary["steps"] >= 3
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+
+
+def test_paths_chats_and_preset_names_are_taken_from_python(models, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "What is 2 + 2?"}]
+    run = opd.distill(
+        Path(models[0]),
+        Path(models[1]),
+        prompts=[chat, "hi", {"prompt": "Sort: hgfe", "answer": "efgh"}],
+        objective="tml",
+        sampling={"max_tokens": 4},
+        run={"folder": str(tmp_path / "run"), "steps": 1},
+        quiet=True,
+    )
+    assert run.summary["preset"] == "tml"
+    assert {r["prompt_id"].split("#")[0] for r in read_rollouts(run.folder)} == {f"prompts/{n}" for n in range(3)}
+
+
+def test_answers_that_are_cut_are_told(models, tmp_path: Path, capsys) -> None:
+    rows = [{"prompt": "a", "completion": "a long answer of many tokens"}, {"prompt": "b", "completion": "b"}]
+    run = {"folder": str(tmp_path / "run"), "steps": 1}
+    opd.distill(models[0], prompts=rows, objective="sft", sampling={"max_tokens": 3}, run=run)
+    assert "1 of 2 answers are longer than sampling.max_tokens = 3" in " ".join(capsys.readouterr().out.split())

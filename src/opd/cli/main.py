@@ -20,8 +20,8 @@ app = App(
     help="On-policy distillation: the student writes, the teacher scores every token, the student improves.",
     version=opd.__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # cyclopts would exit with 130; `main` says 75
     default_parameter=Parameter(negative=()),
-    suppress_keyboard_interrupt=False,
 )
 config_app = App(
     name="config", help="Look at configs without running anything.", default_parameter=Parameter(negative=())

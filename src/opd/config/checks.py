@@ -248,6 +248,12 @@ def format_rules(config: Config) -> Iterator[Problem]:
             yield Problem(f"{path}.{option}", what, shown(value), allowed="kind: auto; or leave it out")
 
 
+def student_rules(config: Config) -> Iterator[Problem]:
+    if config.student.dtype == "float16":
+        what = "gradients of a mean over many tokens are below what float16 can hold, and nothing scales the loss"
+        yield Problem("student.dtype", what, "float16", allowed="bfloat16 or float32")
+
+
 def optim_rules(config: Config) -> Iterator[Problem]:
     optim, steps = config.optim, config.run.steps
     if optim.schedule == "constant" and optim.final_lr_fraction != 0:
@@ -260,7 +266,7 @@ def optim_rules(config: Config) -> Iterator[Problem]:
         yield Problem("optim.warmup_steps", what, shown(optim.warmup_steps), allowed=f"at most {steps}")
 
 
-RULES = (term_rules, teacher_rules, sampling_rules, eval_rules, source_rules, format_rules, optim_rules)
+RULES = (term_rules, student_rules, teacher_rules, sampling_rules, eval_rules, source_rules, format_rules, optim_rules)
 
 
 # ---- what runs at a price ----------------------------------------------------------------------------------------

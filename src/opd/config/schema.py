@@ -41,7 +41,7 @@ class Model(Spec):
         description="compute type; auto: bfloat16 on CUDA, float32 on CPU. A trained model's master weights "
         "and optimiser state are float32 whatever is said here",
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0, mps")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with the model: only if you have read it"

@@ -20,7 +20,7 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Rooms:
-    """The parts that meet in the loop."""
+    """The parts that meet in the loop. `updates_per_batch`: how often the learner reads a batch, for the bill."""
 
     prompts: PromptSource
     sampler: Sampler
@@ -29,6 +29,7 @@ class Rooms:
     params: SamplingParams
     student_size: ModelSize
     teacher_size: ModelSize | None
+    updates_per_batch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,10 @@ def _bill(rooms: Rooms, rollouts_N: Sequence[Rollout], ledger: Ledger) -> None:
     if written:
         ledger.add_cost("student_prefill", prefill_cost(written, rooms.student_size))
         ledger.add_cost("student_sampling", sampling_cost(written, rooms.student_size))
-    if rooms.teacher_size is not None:
-        ledger.add_cost("teacher_scoring", scoring_cost(rollouts_N, rooms.teacher_size))
-    ledger.add_cost("student_training", training_cost(rollouts_N, rooms.student_size))
+    for _ in range(rooms.updates_per_batch):  # evidence is pulled anew by every update
+        if rooms.teacher_size is not None:
+            ledger.add_cost("teacher_scoring", scoring_cost(rollouts_N, rooms.teacher_size))
+        ledger.add_cost("student_training", training_cost(rollouts_N, rooms.student_size))
 
 
 @dataclass(frozen=True)

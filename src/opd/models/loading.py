@@ -21,13 +21,15 @@ def pick_device(wanted: str, role: str = "") -> torch.device:
     if wanted == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(wanted)
     except RuntimeError as e:
-        raise ModelError(f"{option}: {wanted!r} is not a device; use auto, cpu, cuda, cuda:0 or mps") from e
+        raise ModelError(f"{option}: {wanted!r} is not a device; use auto, cpu, cuda or cuda:0") from e
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ModelError(f"{option}: {wanted!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps":
+        raise ModelError(f"{option}: mps has no float64, in which tokens are drawn; use cpu")
     return device
 
 
@@ -44,22 +46,27 @@ def load_student(spec: Student, vocab_size: int) -> CausalLM:
     loaded = _load(spec, role="student", vocab_size=vocab_size, parameter_dtype=torch.float32, device=device)
     if spec.gradient_checkpointing:
         # The older name is the only one in the lowest transformers we accept; both default to use_reentrant=False.
-        enable = getattr(loaded.module, "activation_checkpointing_enable", loaded.module.gradient_checkpointing_enable)
-        enable()
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(loaded.module, name) for name in names if hasattr(loaded.module, name))()
     return loaded
 
 
 def load_teacher(spec: Teacher, vocab_size: int) -> CausalLM:
-    """A frozen model in the spec's dtype."""
+    """The scoring model."""
+    return load_frozen(spec, vocab_size, role="teacher")
+
+
+def load_frozen(spec: Model, vocab_size: int, *, role: str) -> CausalLM:
+    """A model that is only run: its parameters are in the spec's dtype too, or in the bits a teacher asks for."""
     device = pick_device(spec.device)
     dtype = pick_dtype(spec.dtype, device)
     loaded = _load(
         spec,
-        role="teacher",
+        role=role,
         vocab_size=vocab_size,
         parameter_dtype=dtype,
         device=device,
-        quantisation=_quantisation(spec, dtype),
+        quantisation=_quantisation(spec, dtype) if isinstance(spec, Teacher) else None,
     )
     loaded.module.requires_grad_(False)
     return loaded

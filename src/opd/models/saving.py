@@ -24,7 +24,10 @@ def save_model(model: CausalLM, tokenizer: Any, folder: Path, *, dtype: torch.dt
     module = model.module
     own_ends, module.generation_config.eos_token_id = module.generation_config.eos_token_id, list(end_ids)
     try:
-        state = {key: value.detach().to("cpu", dtype) for key, value in _unique(module.state_dict()).items()}
+        state = {
+            key: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+            for key, value in _unique(module.state_dict()).items()
+        }
         module.save_pretrained(temporary, state_dict=state, max_shard_size="5GB")
         tokenizer.save_pretrained(temporary)
     finally:

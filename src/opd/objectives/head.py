@@ -14,7 +14,7 @@ def head_logits(hidden_TD: Tensor, head: Head) -> Tensor:
     Products run in the dtype of `hidden_TD`; where the device can, they are accumulated and returned in float32.
     """
     weight_VD = head.weight_VD[: head.vocab_size].to(hidden_TD.dtype)
-    if hidden_TD.is_cuda and hidden_TD.dtype != torch.float32 and not torch.is_grad_enabled():
+    if hidden_TD.is_cuda and hidden_TD.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled():
         logits_TV = torch.mm(hidden_TD, weight_VD.T, out_dtype=torch.float32)
     else:
         logits_TV = (hidden_TD @ weight_VD.T).to(torch.promote_types(hidden_TD.dtype, torch.float32))

@@ -37,6 +37,8 @@ def results(summary: Mapping[str, Any], console: Console | None = None) -> None:
     notes = [f"{taken}; intervals: {summary['ci_method']}"]
     if summary["gap_closed"] is not None:
         notes.append(f"gap closed: {100 * summary['gap_closed']:.0f} % of the way from the student to its teacher")
+    elif summary["student_before"] is not None and summary["student_after"] is None:
+        notes.append(f"the student was not measured after training: the run is {summary['status']}")
     elif summary["teacher"] is not None and summary["student_before"] is not None:
         notes.append("gap closed: none to close, the teacher is not above the student's start")
     title = str(summary["task"]) if summary["preset"] is None else f"{summary['task']}: {summary['preset']}"

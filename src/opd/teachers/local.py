@@ -56,8 +56,12 @@ class LocalTeacher:
 
     def evidence(self, rollouts_N: Sequence[Rollout]) -> LocalEvidence:
         """A lazy handle on what this teacher thinks of these rollouts."""
-        self.model.module.to(self._home)
+        self.fetch()
         return LocalEvidence(self, {r.prompt.id: r.prompt for r in rollouts_N})
+
+    def fetch(self) -> None:
+        """Comes to its device, until `release`."""
+        self.model.module.to(self._home)
 
     def release(self) -> None:
         """Leaves the device, when it was asked to."""
@@ -84,7 +88,7 @@ class LocalTeacher:
     @torch.no_grad()
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ModelError when the teacher is NaN or knows nothing: caught before anything expensive starts."""
-        self.model.module.to(self._home)
+        self.fetch()
         sequences = [self.format.prompt_ids(p.row) for p in prompts]
         ids_NS, attention_NS, positions_NS = pad(sequences, device=self._home)
         hidden_NSD = self.model.hidden(ids_NS, attention_NS, positions_NS)

@@ -110,8 +110,8 @@ def cut_answers(config: Config, prompts: PromptStream) -> str | None:
     if not cut:
         return None
     return (
-        f"{cut} of {len(lengths)} answers are longer than sampling.max_tokens = {limit} (the longest has {max(lengths)} "
-        "tokens): they are cut there and their end is not learned"
+        f"{cut} of {len(lengths)} answers are longer than sampling.max_tokens = {limit} (the longest: "
+        f"{max(lengths)} tokens): they are cut there and their end is not learned"
     )
 
 
@@ -164,15 +164,19 @@ def check_context(config: Config, texts: Texts, prompts: PromptStream, tasks: Se
     if texts.teacher is not None and config.teacher is not None:
         longest = max(len(texts.teacher.prompt_ids(prompt.row)) for prompt in prompts.prompts())
         _fits("teacher", config.teacher, longest, limit, "sampling.max_tokens")
-    check_task_context(config, texts.student, tasks)
+        if config.evals.teacher:
+            check_task_context(config, "teacher", config.teacher, texts.teacher, tasks)
+    check_task_context(config, "student", config.student, texts.student, tasks)
 
 
-def check_task_context(config: Config, fmt: PromptFormat, tasks: Sequence[PreparedTask]) -> None:
-    """The same for the student and its held-out tasks."""
+def check_task_context(
+    config: Config, role: str, model: Model, fmt: PromptFormat, tasks: Sequence[PreparedTask]
+) -> None:
+    """The same for one model and the held-out tasks it takes."""
     for task in tasks:
-        longest = max(len(fmt.prompt_ids(row)) for row in task.rows)
         option = "sampling.max_tokens" if task.spec.sampling is None else f"max_tokens of task {task.spec.name}"
-        _fits("student", config.student, longest, (task.spec.sampling or config.sampling).max_tokens, option)
+        longest = max(len(fmt.prompt_ids(row)) for row in task.rows)
+        _fits(role, model, longest, (task.spec.sampling or config.sampling).max_tokens, option)
 
 
 def _fits(role: str, model: Model, prompt_tokens: int, max_tokens: int, option: str) -> None:

@@ -13,7 +13,7 @@ from opd.config.loading import load_config
 from opd.config.schema import Config, Grader
 from opd.errors import ConfigError
 from opd.evals.tasks import EvalResult, run_task
-from opd.models.loading import load_student
+from opd.models.loading import load_frozen
 from opd.reports.progress import RunView
 from opd.reports.table import scores
 from opd.rollouts.engine import EmbeddedEngine
@@ -41,9 +41,9 @@ def evaluate_model(
     fmt = load_format(config.student, "student")
     tasks = load_tasks(config.evals)
     try:
-        check_task_context(config, fmt, tasks)
+        check_task_context(config, "student", config.student, fmt, tasks)
         engine = EmbeddedEngine(
-            load_student(config.student, fmt.tokenizer.vocab_size),
+            load_frozen(config.student, fmt.tokenizer.vocab_size, role="student"),
             seed=config.run.seed,
             slots=config.engine.slots,
             path=config.engine.path,

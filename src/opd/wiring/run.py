@@ -20,7 +20,7 @@ import opd
 from opd.config.loading import config_hash, load_config, resolved
 from opd.config.schema import Config
 from opd.costs.ledger import Ledger
-from opd.errors import Interrupted, OpdError
+from opd.errors import Interrupted
 from opd.evals.tasks import EvalResult, run_task
 from opd.journal.folder import RunFolder
 from opd.journal.folder import check as check_folder
@@ -107,7 +107,7 @@ def execute(config: Config, *, console: Console | None = None) -> Run:
     torch.manual_seed(config.run.seed)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    with _terminable():
+    with _on_sigterm(signal.default_int_handler):  # a scheduler's stop is a Ctrl-C
         with ledger.seconds("prepare"):
             check_folder(config.run.folder, overwrite=config.run.overwrite, config=config.model_dump(mode="json"))
             texts = load_texts(config)
@@ -199,7 +199,7 @@ class _Session:
     def run(self) -> Run:
         steps = self.config.run.steps
         status: Status = "done"
-        error: OpdError | None = None
+        error: Exception | None = None
         try:
             self.before = self._evaluate(0)
             self._evaluate_teacher()
@@ -207,15 +207,19 @@ class _Session:
             self.after = self._evaluate(steps)
         except KeyboardInterrupt:
             status = "interrupted"
-            done = f"stopped after {self.learner.step} of {steps} steps"
-            error = Interrupted(f"{done}; the student so far is in {self.folder.final}" if self.learner.step else done)
-        except OpdError as caught:
+            kept = f"the student so far is in {self.folder.final}" if self.learner.step else "there is nothing to keep"
+            error = Interrupted(f"stopped after {self.learner.step} of {steps} steps; {kept}")
+        except Exception as caught:  # out of memory, a full disk, ours: what was earned is kept, the record says failed
             status, error = "failed", caught
-        if status == "done" or self.learner.step:
-            with self.ledger.seconds("save"):
-                self._save(status)
-        summary = self._summary(status)
-        self.folder.write_summary(summary)
+        with _on_sigterm(signal.SIG_IGN):  # a scheduler that sends it again must not take the result away
+            try:
+                if status == "done" or self.learner.step:
+                    with self.ledger.seconds("save"):
+                        self._save(status)
+            except Exception as caught:
+                status, error = "failed", error or caught
+            summary = self._summary(status)
+            self.folder.write_summary(summary)
         self.view.finish()
         results(summary, self.view.console)
         if error is not None:
@@ -242,6 +246,7 @@ class _Session:
                 if reads_teacher and self.teacher is not None and config.teacher is not None
                 else None
             ),
+            updates_per_batch=config.learner.updates_per_batch,
         )
 
     def _listener(self) -> Listener:
@@ -282,7 +287,9 @@ class _Session:
     def _evaluate_teacher(self) -> None:
         if self.teacher is None or self.texts.teacher is None or not self.config.evals.teacher or not self.tasks:
             return
+        self.teacher.fetch()
         self.teacher_results = self._take(self._engine(self.teacher.model), self.texts.teacher, who="teacher", step=0)
+        self.teacher.release()
 
     def _take(self, sampler: EmbeddedEngine, fmt: Any, *, who: str, step: int) -> dict[str, EvalResult]:
         results: dict[str, EvalResult] = {}
@@ -391,12 +398,12 @@ def _prompts(
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM is treated as Ctrl-C while the run is going on (only the main thread may say so)."""
+def _on_sigterm(handler: Any) -> Iterator[None]:
+    """What SIGTERM does for a while (only the main thread may say so)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:

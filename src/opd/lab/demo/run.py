@@ -23,11 +23,12 @@ from typing import Any
 
 from rich.console import Console
 
-from opd.errors import OpdError
+from opd.errors import BadInput, OpdError
 from opd.lab.worlds import sorting
 
 HELDOUT_PROBLEMS = 1000
 QUICK_SHARE = 10  # --quick takes this share of the steps and of the problems
+MADE_HERE = {"prompts.jsonl", "heldout.jsonl", "own_answers.jsonl", "others.log", "full", "sampled", "self_sft"}
 
 Overrides = dict[str, dict[str, Any]]
 
@@ -39,8 +40,8 @@ def run_demo(folder: Path, *, quick: bool) -> list[dict[str, Any]]:
 
     console = Console()
     if folder.exists():
-        if not (folder / "heldout.jsonl").is_file() and any(folder.iterdir()):
-            raise OpdError(f"{folder} holds something that is no demo of opd; choose another --folder")
+        if not folder.is_dir() or any(entry.name not in MADE_HERE for entry in folder.iterdir()):
+            raise BadInput(f"{folder} holds something that is no demo of opd; choose another --folder")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     write_data(folder, quick=quick)
