@@ -247,3 +247,14 @@ def test_a_context_too_small_for_either_model_is_found_before_weights_are_loaded
         changes["evals__tasks"] = json.dumps([task])
     message = refused(capsys, "train", *recipe(world, tmp_path, **changes))
     assert f"{role}.model: {tmp_path / 'short'} has 64 positions" in message
+
+
+def test_a_student_with_broken_weights_is_refused_before_the_run(world: Path, tmp_path: Path, capsys) -> None:
+    tiny.save(tmp_path / "student", "qwen3", seed=0)
+    path = tmp_path / "student" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("nan"))
+    save_file(tensors, path, metadata={"format": "pt"})
+    message = refused(capsys, "train", *recipe(world, tmp_path, student__model=tmp_path / "student"))
+    assert "student" in message and "NaN" in message
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

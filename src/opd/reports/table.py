@@ -26,7 +26,9 @@ def results(summary: Mapping[str, Any], console: Console | None = None) -> None:
     console = console or Console()
     arms = [("student before", "student_before"), ("student after", "student_after"), ("teacher", "teacher")]
     if all(summary[key] is None for _, key in arms):
-        say(console, "No held-out task was taken, so nothing says whether the student got better: add evals.tasks.")
+        why = "No held-out task was taken" if summary["task"] is None else f"No answer to {summary['task']} was graded"
+        hint = ": add evals.tasks" if summary["task"] is None else "; evals.jsonl has the reasons"
+        say(console, f"{why}, so nothing says whether the student got better{hint}.")
         return
     measured = [summary[key] for _, key in arms if summary[key] is not None]
     # The picture runs over the tenths that hold all intervals, at least one.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from opd.errors import ModelError
 from opd.models.causal import CausalLM
 from opd.models.padding import pad
+from opd.models.sanity import next_token_logits
 from opd.objectives.head import head_logits
 from opd.text.agreement import Agreement
 from opd.text.formats import PromptFormat
@@ -89,16 +90,8 @@ class LocalTeacher:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ModelError when the teacher is NaN or knows nothing: caught before anything expensive starts."""
         self.fetch()
-        sequences = [self.format.prompt_ids(p.row) for p in prompts]
-        ids_NS, attention_NS, positions_NS = pad(sequences, device=self._home)
-        hidden_NSD = self.model.hidden(ids_NS, attention_NS, positions_NS)
-        last = attention_NS.sum(1) - 1
-        logits_NV = head_logits(hidden_NSD[torch.arange(len(sequences)), last], self.head)
+        logits_NV = next_token_logits(self.model, self.head, [self.format.prompt_ids(p.row) for p in prompts])
         self.release()
-        if not torch.isfinite(logits_NV).all():
-            raise ModelError(
-                f"{self.model.name} gives NaN or infinite scores on your first prompts; is its checkpoint whole?"
-            )
         logq_NV = torch.log_softmax(logits_NV / self.temperature, -1)
         entropy = -(logq_NV.exp() * logq_NV).sum(-1).mean().item()
         highest = math.log(self.head.vocab_size)

@@ -29,6 +29,7 @@ from opd.learner.learner import LocalLearner
 from opd.loop.synchronous import Listener, Rooms, train
 from opd.models.causal import CausalLM
 from opd.models.loading import load_student, load_teacher, saved_dtype
+from opd.models.sanity import next_token_logits
 from opd.models.saving import save_model
 from opd.objectives.objective import Objective
 from opd.protocols import Sampler
@@ -173,6 +174,8 @@ class _Session:
         config, texts = self.config, self.texts
         vocab_size = texts.student.tokenizer.vocab_size if texts.agreement is None else texts.agreement.vocab_size
         self.student = load_student(config.student, vocab_size)
+        first = self.prompts.batch(0)[:4]
+        next_token_logits(self.student, self.student.head, [prompt.ids for prompt in first])
         self.engine = self._engine(self.student)
         self.teacher: LocalTeacher | None = None
         if config.teacher is not None and texts.teacher is not None and texts.agreement is not None:
@@ -185,7 +188,7 @@ class _Session:
                 chunk_tokens=config.learner.chunk_tokens,
                 offload=config.teacher.offload,
             )
-            self.teacher.check(self.prompts.batch(0)[:4])
+            self.teacher.check(first)
         self.objective = Objective(config.objective)
         self.learner = LocalLearner(
             self.student,
