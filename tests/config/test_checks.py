@@ -282,3 +282,19 @@ def test_all_combinations_are_reported_at_once(tmp_path):
 def test_a_student_in_float16_is_refused(tmp_path):
     message = refused(tmp_path, BASE.replace(STUDENT, STUDENT.replace("}", ", dtype: float16}")))
     assert "student.dtype: gradients of a mean over many tokens" in message
+
+
+def test_a_task_that_is_trained_on_and_a_teacher_that_is_the_student_are_told() -> None:
+    rows = {"kind": "jsonl", "path": "p.jsonl"}
+    task = {"name": "t", "source": {**rows, "name": "other"}, "grader": {"kind": "exact"}}
+    base = {"student": {"model": "s"}, "teacher": {"model": "t"}, "prompts": {"sources": [rows]}}
+    with pytest.warns(ConfigWarning, match="rows that are trained on"):
+        check(Config.model_validate({**base, "evals": {"tasks": [task]}}))
+    with pytest.warns(ConfigWarning, match="the same model"):
+        check(Config.model_validate({**base, "teacher": {"model": "s"}}))
+    gym = {"kind": "reasoning_gym", "task": "chain_sum"}
+    fresh = {"name": "t", "source": {**gym, "seed": 1, "name": "held"}, "grader": {"kind": "reasoning_gym"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(Config.model_validate({**base, "prompts": {"sources": [gym]}, "evals": {"tasks": [fresh]}}))
+        check(Config.model_validate({**base, "teacher": {"model": "s", "format": {"system_prompt": "Think."}}}))

@@ -18,7 +18,7 @@ from opd.config.naming import source_name
 from opd.config.objective import ForwardKL, Objective, Spec, Term
 from opd.config.presets import PRESETS, Preset, expand
 from opd.config.problems import Problem, config_error, shown
-from opd.config.schema import Config
+from opd.config.schema import Config, InlineSource, ReasoningGymSource, Source
 from opd.config.schema_walk import KeyPath, as_path, dotted, nearest_word
 from opd.errors import ConfigError
 
@@ -40,7 +40,7 @@ def check(config: Config, origin: Callable[[KeyPath], str] = lambda path: "") ->
         found = [problem for rule in RULES for problem in rule(config)]
     if found:
         raise config_error([replace(problem, origin=origin(as_path(problem.path))) for problem in found])
-    for text in _prices(config):
+    for text in (*_prices(config), *_looks(config)):
         warnings.warn(text, ConfigWarning, stacklevel=2)
     return config
 
@@ -291,6 +291,30 @@ def _prices(config: Config) -> Iterator[str]:
             f"objective.teacher_temperature: {objective.teacher_temperature} and student_temperature "
             f"{objective.student_temperature} differ: a student equal to its teacher is not at the optimum"
         )
+
+
+def _looks(config: Config) -> Iterator[str]:
+    """What runs, and is probably not what was meant."""
+    teacher, student = config.teacher, config.student
+    if teacher is not None and (teacher.model, teacher.revision, teacher.format) == (
+        student.model,
+        student.revision,
+        student.format,
+    ):
+        yield f"teacher.model: teacher and student are the same model, {student.model}: their divergence starts at zero"
+    trained = {_data(source) for source in config.prompts.sources} - {None}
+    for i, task in enumerate(config.evals.tasks):
+        if _data(task.source) in trained:
+            yield f"evals.tasks.{i}.source: {task.name} takes the rows that are trained on; its score is not held out"
+
+
+def _data(source: Source) -> tuple[str, ...] | None:
+    """What tells two sources apart that were given different names; None where rows stand in the config."""
+    if isinstance(source, InlineSource):
+        return None
+    if isinstance(source, ReasoningGymSource):
+        return (source.task, str(source.seed), str(source.settings))
+    return (source.path, getattr(source, "config", None) or "", getattr(source, "split", ""))
 
 
 def _changed(spec: Spec, *options: str) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,5 @@
-"""Every option of a run, its default and its bounds. A default is the vetted setting and stands only here."""
+"""Every option of a run, its default and its bounds. A default is the vetted setting and stands only here, the
+objective's in `objective.py`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,11 @@ def learning_rate(spec: Optim, step: int, total_steps: int) -> float:
     if spec.schedule == "constant":
         return spec.lr
     done = (step - spec.warmup_steps) / max(1, total_steps - spec.warmup_steps)
-    share = 1.0 - done if spec.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    if spec.schedule == "linear":
+        share = 1.0 - done
+    else:
+        assert spec.schedule == "cosine", f"no such schedule: {spec.schedule}"
+        share = 0.5 * (1.0 + math.cos(math.pi * done))
     return spec.lr * (spec.final_lr_fraction + (1.0 - spec.final_lr_fraction) * share)
 
 

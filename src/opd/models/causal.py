@@ -22,7 +22,7 @@ from opd.types import Head
 class CausalLM:
     """A loaded model. Its parameters are live: sampler, teacher and learner may share one instance.
 
-    module         the transformers model, in eval mode unless the learner is using it.
+    module         the transformers model, always in eval mode: the student trains as what it sampled as.
     vocab_size     real tokens of the tokenizer; the embedding may have more rows (padding), which nobody reads.
     compute_dtype  what matrix products run in; parameters may be wider (float32 master weights).
     max_positions  longest sequence the model was made for, None where it states none.
@@ -109,7 +109,7 @@ class CausalLM:
             if not isinstance(value, Tensor):
                 continue
             flat = value.detach().reshape(-1)
-            picked = flat[:: max(1, flat.numel() // 512)][:512].to("cpu", torch.float32)
+            picked = flat[:: max(1, -(-flat.numel() // 512))].to("cpu", torch.float32)
             digest.update(f"{key}{tuple(value.shape)}".encode())
             digest.update(picked.numpy().tobytes())
         return digest.hexdigest()

@@ -111,15 +111,15 @@ def _prompts(config: Config, prompts: PromptStream) -> list[str]:
 
 
 def _term(term: Term) -> str:
+    start = f"{term.name}: {term.coefficient:g} x"
     if term.target == "data":
-        return f"{term.name}: {term.coefficient:g} x cross-entropy on the data's own answers, {term.reduction}"
-    where = "the whole vocabulary" if term.support == "full" else "the drawn token"
+        return f"{start} cross-entropy on the data's own answers, {term.reduction}"
+    if term.support == "full":
+        return f"{start} {term.shape.formula} on the whole vocabulary, {term.reduction}"
     weights = "" if term.importance == "none" else ", weighted by student / sampler"
     return (
-        f"{term.name}: {term.coefficient:g} x {term.shape.formula} on {where}{weights}, "
-        f"log-ratio under the {term.advantage_under}, {term.reduction}"
-        if term.support == "sampled"
-        else f"{term.name}: {term.coefficient:g} x {term.shape.formula} on {where}, {term.reduction}"
+        f"{start} {term.shape.formula} on the drawn token, log-ratio under the {term.advantage_under}{weights}, "
+        f"{term.reduction}"
     )
 
 

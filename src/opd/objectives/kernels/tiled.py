@@ -135,6 +135,7 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:
         (scale,) = outputs
+        assert ctx.gradients is not None, "these gradients are made once; a second backward needs a second forward"
         gradients = [None if g is None else g.mul_(scale) for g in ctx.gradients]  # ours alone: no second [V, D]
         ctx.gradients = None
         return (*gradients, *[None] * 7)
