@@ -152,7 +152,7 @@ def refused(capsys, *items: str) -> str:
 @pytest.fixture
 def no_weights(monkeypatch) -> None:
     """Loading weights is too late for an error."""
-    monkeypatch.setattr("opd.wiring.run.load_student", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("opd.wiring.session.load_student", lambda *_: pytest.fail("weights were loaded"))
 
 
 BAD = {

@@ -42,14 +42,14 @@ def test_a_run_that_breaks_keeps_its_student_and_says_failed(models, tmp_path: P
 
 
 def test_a_student_that_cannot_be_saved_leaves_a_summary_that_says_failed(models, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("opd.wiring.run.save_model", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("opd.wiring.session.save_model", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         opd.distill(*models, **SHORT, run={"folder": str(tmp_path / "run"), "steps": 1}, quiet=True)
     assert read_summary(tmp_path / "run")["status"] == "failed"
 
 
 def test_ctrl_c_before_the_first_update_does_not_name_a_student(models, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("opd.wiring.run.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("opd.wiring.session.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(Interrupted, match="nothing to keep"):
         opd.distill(*models, **SHORT, run={"folder": str(tmp_path / "run"), "steps": 1}, quiet=True)
     assert not (tmp_path / "run" / "final").exists() and read_summary(tmp_path / "run")["status"] == "interrupted"
