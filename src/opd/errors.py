@@ -6,6 +6,11 @@ escapes is our fault and exits with 1.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opd.types import StepReport
+
 EXIT_DONE = 0
 EXIT_OUR_FAULT = 1
 EXIT_BAD_INPUT = 2
@@ -38,7 +43,11 @@ class ModelError(BadInput):
 
 
 class TrainingDiverged(OpdError):
-    """Too many steps in a row had a non-finite loss or gradient."""
+    """Too many steps in a row had a non-finite loss or gradient. `report` is that of the last one."""
+
+    def __init__(self, message: str, report: StepReport) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ServiceUnavailable(OpdError):

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import opd
-from opd.errors import Interrupted, TrainingDiverged
+from opd.errors import Interrupted, ServiceUnavailable, TrainingDiverged
 from opd.journal.folder import RunFolder
 from opd.journal.reader import read_summary
 from opd.learner.learner import LocalLearner
@@ -24,7 +24,9 @@ def models(tmp_path_factory) -> tuple[str, str]:
     return tiny.save(folder / "student", seed=0), tiny.save(folder / "teacher", "llama", seed=1, scale=10.0)
 
 
-@pytest.mark.parametrize("error", [TrainingDiverged("diverged"), RuntimeError("CUDA out of memory")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [ServiceUnavailable("the teacher is gone"), RuntimeError("CUDA out of memory")], ids=repr
+)
 def test_a_run_that_breaks_keeps_its_student_and_says_failed(models, tmp_path: Path, monkeypatch, error) -> None:
     whole = LocalLearner.update
 
@@ -62,3 +64,18 @@ def test_a_second_sigterm_does_not_cut_the_save(models, tmp_path: Path, monkeypa
     )
     run = opd.distill(*models, **SHORT, run={"folder": str(tmp_path / "run"), "steps": 1}, quiet=True)
     assert read_summary(run.folder)["status"] == "done"
+
+
+def test_the_step_at_which_a_run_diverges_is_in_the_record(models, tmp_path: Path, monkeypatch) -> None:
+    """Its metrics, its rollouts and its dump; the status says failed."""
+    from opd.journal.reader import read_metrics, read_rollouts
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: float("nan"))
+    run = {"folder": str(tmp_path / "run"), "steps": 9}
+    with pytest.raises(TrainingDiverged, match="max_bad_steps = 2"):
+        opd.distill(*models, **SHORT, learner={"max_bad_steps": 2}, run=run, quiet=True)
+    lines = read_metrics(tmp_path / "run")
+    assert [(line["step"], line["applied"]) for line in lines] == [(1, False), (2, False)]
+    assert {r["step"] for r in read_rollouts(tmp_path / "run")} == {1, 2}
+    assert len(list((tmp_path / "run" / "dumps").iterdir())) == 2
+    assert read_summary(tmp_path / "run")["status"] == "failed"

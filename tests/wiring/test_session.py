@@ -90,7 +90,7 @@ def test_a_skipped_step_is_dumped_and_a_run_that_diverges_says_failed(models, tm
     dumped = json.loads((tmp_path / "run" / "dumps" / "step_000002_not-finite.json").read_text())
     assert dumped["rollouts"] and all(name.startswith("train/1/") for name in dumped["rollouts"])
     summary = read_summary(tmp_path / "run")
-    assert summary["status"] == "failed" and summary["steps"] == 1
+    assert summary["status"] == "failed" and summary["steps"] == 2
 
 
 @pytest.mark.parametrize("broken", [False, True])

@@ -119,7 +119,7 @@ def summary_record(
     seconds     the whole command without imports; `seconds_by_phase` is where they went.
     tokens      response tokens that were trained on, over all updates.
     flops       floating-point operations of the whole run, from the ledger.
-    steps       updates of the student.
+    steps       steps of the loop, skipped ones included.
     """
     scores = {"student_before": student_before, "student_after": student_after, "teacher": teacher}
     means = [None if score is None else score["mean"] for score in scores.values()]

@@ -74,7 +74,15 @@ class LocalLearner:
             if evidence is not None:
                 evidence.release()
         self.step += 1
-        return StepReport(step=self.step, applied=applied, metrics=metrics)
+        report = StepReport(step=self.step, applied=applied, metrics=metrics)
+        if self._bad_in_a_row >= self._spec.max_bad_steps:
+            raise TrainingDiverged(
+                f"{self._bad_in_a_row} updates in a row had a non-finite loss or gradient (learner.max_bad_steps = "
+                f"{self._spec.max_bad_steps}). The weights are those of the last good one. Lower optim.lr "
+                f"(now {metrics['lr']:g}), or look at the dumped steps in the run folder.",
+                report,
+            )
+        return report
 
     def gradients(self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None) -> dict[str, float]:
         """Leaves the step's gradient in the parameters' `.grad`, unclipped, and returns the metrics."""
@@ -150,12 +158,6 @@ class LocalLearner:
                 self._on_bad_step(self.step + 1, facts)
         metrics["bad_steps"] = float(self._bad_in_all)
         self.optimizer.zero_grad(set_to_none=True)
-        if self._bad_in_a_row >= self._spec.max_bad_steps:
-            raise TrainingDiverged(
-                f"{self._bad_in_a_row} steps in a row had a non-finite loss or gradient (learner.max_bad_steps = "
-                f"{self._spec.max_bad_steps}). The weights are those of the last good step. Lower optim.lr "
-                f"(now {lr:g}), or look at the dumped steps in the run folder."
-            )
         return applied
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from opd.costs.ledger import Ledger, prefill_cost, sampling_cost, scoring_cost, training_cost
 from opd.costs.size import ModelSize
+from opd.errors import TrainingDiverged
 from opd.protocols import EvidenceHandle, Learner, Sampler, Teacher
 from opd.types import Batch, Prompt, Resolution, Rollout, SamplingParams, ScorerRows, StepReport
 
@@ -57,11 +58,17 @@ def train(rooms: Rooms, *, steps: int, ledger: Ledger, listener: Listener) -> No
         listener.on_phase("update")
         with ledger.seconds("update"):
             evidence = None if rooms.teacher is None else _Timed(rooms.teacher.evidence(rollouts_N), ledger)
-            report = rooms.learner.update(rollouts_N, evidence)
+            diverged: TrainingDiverged | None = None
+            try:
+                report = rooms.learner.update(rollouts_N, evidence)
+            except TrainingDiverged as error:  # its step belongs into the record, too
+                report, diverged = error.report, error
         with ledger.seconds("sync"):
             rooms.sampler.load(rooms.learner.weights())
         _bill(rooms, rollouts_N, ledger)
         listener.on_step(report, rollouts_N, {**report.metrics, **rollout_metrics(rollouts_N)})
+        if diverged is not None:
+            raise diverged
         if listener.every and report.step % listener.every == 0 and report.step < steps:
             listener.evaluate(report.step)
 
