@@ -109,7 +109,7 @@ class Session:
             optim=config.optim,
             spec=config.learner,
             total_steps=config.run.steps,
-            on_bad_step=lambda step, facts: self._bad_step(step, facts),
+            on_bad_step=self._bad_step,
         )
 
     def run(self) -> Run:
@@ -169,7 +169,7 @@ class Session:
         return Listener(
             on_step=self._on_step,
             on_phase=self._phase,
-            evaluate=lambda step: self._evaluate(step),
+            evaluate=self._evaluate,
             every=self.config.evals.every,
         )
 
