@@ -192,16 +192,33 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenScores:
+    """What an update saw at the tokens of one rollout, float32 [T]; NaN where there is nothing to say (masked tokens
+    included).
+
+    student_logprobs   of the drawn token, before the update.
+    teacher_logprobs   of the drawn token; all NaN without a teacher.
+    reverse_kl         KL(student || teacher) over the vocabulary, or log p - log q of the drawn token.
+    """
+
+    student_logprobs: NDArray[np.float32]
+    teacher_logprobs: NDArray[np.float32]
+    reverse_kl: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepReport:
     """What one update did.
 
     applied   False when the step was skipped because its loss or gradient was not finite.
     metrics   plain numbers, e.g. `loss`, `reverse_kl`, `grad_norm`, `trained_tokens`.
+    scores    rollout id to what was seen at its tokens (in the last of several updates on the same rollouts).
     """
 
     step: int
     applied: bool
     metrics: Mapping[str, float]
+    scores: Mapping[str, TokenScores] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

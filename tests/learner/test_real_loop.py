@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from opd.learner.packing import plan
+from opd.models.packing import plan
 from tests import rooms, tiny
 
 OBJECTIVES = {

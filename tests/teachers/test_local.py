@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd.errors import DataError, ModelError
-from opd.learner.packing import pack
+from opd.models.packing import pack
 from opd.objectives.head import head_logits
 from tests import rooms
 

@@ -50,11 +50,32 @@ class Model(Spec):
     format: TextFormat = TextFormat()
 
 
+Quantisation = Literal["none", "int8", "int4"]
+
+
+class Lora(Spec):
+    """Low-rank adapters (extra: opd[lora]): the model stays as it is, small matrices beside its layers are trained."""
+
+    rank: int = Field(default=32, ge=1)
+    alpha: float = Field(default=32.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        default=(), description="names of the layers that get one, e.g. q_proj; empty: every linear layer but the head"
+    )
+    save: Literal["auto", "merged", "adapter"] = Field(
+        default="auto",
+        description="final/ holds a whole model, or the adapter alone; auto: merged, except on quantised weights",
+    )
+
+
 class Student(Model):
     """The model that is trained."""
 
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations: less memory, about a third slower"
+    )
+    lora: Lora | None = Field(default=None, description="none: all parameters are trained")
+    quantisation: Quantisation = Field(
+        default="none", description="frozen weights in 8 or 4 bits through bitsandbytes (QLoRA): needs lora"
     )
 
 
@@ -64,8 +85,10 @@ class Teacher(Model):
     offload: Literal["none", "cpu"] = Field(
         default="none", description="cpu: kept in host memory between scoring calls"
     )
-    quantisation: Literal["none", "int8", "int4"] = Field(
-        default="none", description="weights in 8 or 4 bits through bitsandbytes (CUDA only)"
+    quantisation: Quantisation = Field(default="none", description="weights in 8 or 4 bits through bitsandbytes")
+    adapter_off: bool = Field(
+        default=False,
+        description="the student's own weights with its adapter off, in no memory of its own; model is the student's",
     )
 
 
@@ -268,13 +291,58 @@ class Learner(Spec):
     max_bad_steps: int = Field(default=5, ge=1, description="stop after so many non-finite steps in a row")
 
 
+class Checkpoints(Spec):
+    """What is kept while a run goes on. Every stop and every last step writes one, too."""
+
+    every: int = Field(default=0, ge=0, description="steps between two; 0: by the clock alone")
+    minutes: float = Field(default=15.0, gt=0, description="also when so much time has passed since the last one")
+    keep: int = Field(default=2, ge=2, description="so many stay; the newest might be the one that was damaged")
+    weights_every: int = Field(
+        default=0, ge=0, description="steps between two models that stay for good, in weights/; 0: none"
+    )
+    best: bool = Field(
+        default=False, description="keep the model that did best on the first task so far, in best/: needs evals.every"
+    )
+
+
+class Views(Spec):
+    """Answers whose every token is looked at by student and teacher, for the report: at the first and last step."""
+
+    answers: int = Field(default=8, ge=0, description="answers in one view; 0: no views")
+    every: int = Field(default=0, ge=0, description="also every so many steps")
+    top_k: int = Field(default=5, ge=1, le=50, description="most likely alternatives kept at every token")
+
+
+class Guard(Spec):
+    action: Literal["off", "warn", "stop"] = Field(
+        default="warn", description="warn: a line on the terminal and in events.jsonl; stop: also end the run, resumable"
+    )
+
+
+class Guards(Spec):
+    """Signs that a run goes wrong, looked for after every step."""
+
+    window: int = Field(default=20, ge=2, description="steps that are averaged")
+
+
+class Tracking(Spec):
+    """A tracker that the metrics are sent to as well; the run folder stays the record."""
+
+    kind: Literal["none", "trackio", "wandb", "tensorboard"] = "none"
+    project: str = "opd"
+    name: str | None = Field(default=None, description="the run's name there; none: the run folder's")
+
+
 class Run(Spec):
     folder: str = Field(default="runs/opd", description="everything about the run is written here")
     steps: int = Field(default=100, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     threads: int | None = Field(default=None, ge=1, le=4096, description="CPU threads; none: as many as torch takes")
     log_every: int = Field(default=1, ge=1, description="steps between two lines of the terminal")
-    overwrite: bool = Field(default=False, description="delete a finished or abandoned run in the same folder")
+    existing: Literal["ask", "resume", "overwrite", "refuse"] = Field(
+        default="ask",
+        description="when the folder holds a run: ask on a terminal and refuse elsewhere; resume goes on with it",
+    )
 
 
 class Config(Spec):
@@ -289,4 +357,8 @@ class Config(Spec):
     optim: Optim = Optim()
     learner: Learner = Learner()
     evals: Evals = Evals()
+    checkpoints: Checkpoints = Checkpoints()
+    views: Views = Views()
+    guards: Guards = Guards()
+    tracking: Tracking = Tracking()
     run: Run = Run()

@@ -13,7 +13,7 @@ from opd.config.schema import Learner as LearnerSpec
 from opd.config.schema import Optim
 from opd.errors import TrainingDiverged
 from opd.learner.optim import learning_rate, make_optimizer
-from opd.learner.packing import pack, plan
+from opd.models.packing import pack, plan
 from opd.models.causal import CausalLM
 from opd.models.weights import ModuleWeights
 from opd.objectives.kernels.tiled import TokenRows, TokenValues, tiled_loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from opd.learner.packing import plan
+from opd.models.packing import plan
 from tests import rooms
 
 
