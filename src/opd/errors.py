@@ -60,3 +60,7 @@ class Interrupted(OpdError):
     """The run was asked to stop (Ctrl-C, SIGTERM)."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class OutOfSpace(Interrupted):
+    """The disk is full, or a quota is reached; nothing that was there is damaged, and the run can be resumed."""

@@ -3,37 +3,39 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from opd.errors import ConfigError, DataError
-from opd.journal import folder as folder_module
-from opd.journal.atomic import write_atomic
-from opd.journal.folder import RunFolder, check
+from opd.errors import ConfigError, DataError, OutOfSpace
+from opd.journal.atomic import append_line, write_atomic
+from opd.journal.folder import Existing, RunFolder, check, holds_results
+from opd.journal.lock import Lock
 from opd.journal.reader import (
     read_config,
     read_environment,
     read_evals,
+    read_events,
     read_metrics,
     read_rollouts,
     read_summary,
+    read_views,
 )
+from opd.journal.records import to_json
 from tests.journal.parts import rollouts
 
 CONFIG = {"student": {"model": "Qwen/Qwen3-0.6B"}, "run": {"folder": "x"}}
 
 
-def create(path, overwrite=False, config=CONFIG, **rest) -> RunFolder:
-    return RunFolder.create(path, overwrite=overwrite, config=config, config_hash="c0ffee", **rest)
+def create(path, existing: Existing = "refuse", config=CONFIG, **rest) -> RunFolder:
+    return RunFolder.create(path, existing=existing, config=config, config_hash="c0ffee", **rest)
 
 
 def decode(ids) -> str:
@@ -43,8 +45,10 @@ def decode(ids) -> str:
 def finished(path: Path) -> Path:
     with create(path) as run:
         run.log_step(1, 1, {"loss": 0.5})
-        run.log_eval({"task": "sort", "mean": 0.5})
+        run.log_eval({"step": 0, "task": "sort", "mean": 0.5})
+        run.log_event(1, "guard", "the answers grow", length=12.5)
         run.write_rollouts(1, rollouts(), decode)
+        run.write_view(1, {"schema_version": 1, "title": "view"})
         run.dump(1, "loss", {"loss": 1.0})
         run.final.mkdir()
         (run.final / "model.safetensors").write_bytes(b"weights")
@@ -58,7 +62,10 @@ def test_what_is_written_is_read_back(tmp_path):
     assert json.loads((path / "config.json").read_text()) == CONFIG, "config.json is the config and nothing else"
     assert read_environment(path)["config_hash"] == "c0ffee"
     assert read_metrics(path) == [{"schema_version": 1, "step": 1, "policy_version": 1, "loss": 0.5}]
-    assert read_evals(path) == [{"schema_version": 1, "task": "sort", "mean": 0.5}]
+    assert read_evals(path) == [{"schema_version": 1, "step": 0, "task": "sort", "mean": 0.5}]
+    event = {"step": 1, "kind": "guard", "message": "the answers grow", "length": 12.5}
+    assert read_events(path) == [{"schema_version": 1, **event}]
+    assert read_views(path) == [(1, {"schema_version": 1, "title": "view"})]
     assert read_summary(path)["status"] == "done"
 
 
@@ -104,25 +111,63 @@ def test_dump_keeps_what_went_wrong(tmp_path):
 
 def test_foreign_folder_is_refused_and_left_alone_also_with_overwrite(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
+    for existing in get_args(Existing):
         with pytest.raises(ConfigError, match=r"no run of opd \(thesis.tex\)"):
-            create(tmp_path, overwrite)
+            create(tmp_path, existing)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "metrics.jsonl").write_text("of another program")
+    assert holds_results(tmp_path) == []
     with pytest.raises(ConfigError, match="is a file"):
         create(tmp_path / "thesis.tex")
 
 
 def test_existing_run_is_refused_and_the_error_says_what_to_type(tmp_path):
     path = finished(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"run\.folder=\.\.\..*run\.overwrite=true"):
-        create(path)
+    for existing in ("refuse", "resume"):
+        with pytest.raises(ConfigError, match=r"run\.existing=resume.*run\.existing=overwrite.*run\.folder=\.\.\."):
+            create(path, existing)
     assert len(read_metrics(path)) == 1
+    assert {"metrics.jsonl", "views", "final"} < set(holds_results(path))
+    assert check(path, existing="resume", config={"student": {"model": str(path / "final")}}) > 0
 
 
 def test_run_that_wrote_no_results_is_simply_started_again(tmp_path):
-    create(tmp_path / "run").close()
-    with create(tmp_path / "run", config={"second": 1}) as run:
-        assert read_config(run.path) == {"second": 1}
+    with create(tmp_path / "run") as run:
+        run.log_event(0, "start", "it starts")
+    assert holds_results(tmp_path / "run") == holds_results(tmp_path) == holds_results(tmp_path / "nowhere") == []
+    with create(tmp_path / "run", "resume", config={"second": 1}) as run:
+        assert read_config(run.path) == {"second": 1} and read_events(run.path) == []
+
+
+def test_run_that_started_and_ended_while_we_looked_is_not_written_over(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    real = Lock.take
+    monkeypatch.setattr(Lock, "take", lambda folder: (monkeypatch.undo(), finished(path), real(folder))[2])
+    with pytest.raises(ConfigError, match="already holds a run"):
+        create(path, config={"second": 1})
+    assert read_config(path) == CONFIG and read_metrics(path)
+    create(path, "overwrite").close()
+
+
+def test_run_is_reopened_as_it_is(tmp_path):
+    path = finished(tmp_path / "run")
+    before = {p.name: p.read_bytes() for p in path.iterdir() if p.is_file() and p.name != "run.lock"}
+    with RunFolder.reopen(path) as run:
+        assert {p.name: p.read_bytes() for p in path.iterdir() if p.is_file() and p.name != "run.lock"} == before
+        with pytest.raises(ConfigError, match="another process"):
+            RunFolder.reopen(path)
+        run.log_step(2, 2, {"loss": 0.25})
+        run.write_config({"changed": 1}, "beef", {"torch": "9"})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2] and read_config(path) == {"changed": 1}
+    environment = read_environment(path)
+    assert environment and environment["config_hash"] == "beef" and environment["torch"] == "9"
+    with pytest.raises(ConfigError, match="no run of opd"):
+        RunFolder.reopen(tmp_path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        RunFolder.reopen(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"needs about 1000000\.1 GB and .* GB are free"):
+        RunFolder.reopen(path, needed_bytes=10**15)
+    RunFolder.reopen(path).close()
 
 
 def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
@@ -134,7 +179,7 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
     (path / "final" / "model.safetensors").unlink()
     (path / "final").rmdir()
     (path / "final").symlink_to(elsewhere)
-    with create(path, overwrite=True) as run:
+    with create(path, "overwrite") as run:
         assert not read_metrics(run.path) and not read_evals(run.path) and read_summary(run.path) is None
         names = {p.name for p in path.iterdir()}
     assert names == {"run.lock", "config.json", "environment.json", "notes.txt"}
@@ -146,7 +191,7 @@ def test_overwrite_never_deletes_the_model_that_the_new_run_starts_from(tmp_path
     monkeypatch.chdir(tmp_path)
     for model in (str(path / "final"), "run/final", "./run/../run/final/"):
         with pytest.raises(ConfigError, match=r"student\.model=.*would delete"):
-            create(path, overwrite=True, config={"student": {"model": model}})
+            create(path, "overwrite", config={"student": {"model": model}})
     assert (path / "final" / "model.safetensors").exists()
 
 
@@ -154,7 +199,7 @@ def test_overwrite_never_deletes_the_model_that_the_new_run_starts_from(tmp_path
 
 
 def test_check_changes_nothing(tmp_path):
-    free = check(tmp_path / "new" / "run", overwrite=False, config=CONFIG)
+    free = check(tmp_path / "new" / "run", existing="refuse", config=CONFIG)
     assert free > 0 and not (tmp_path / "new").exists()
 
 
@@ -175,68 +220,14 @@ def test_folder_that_cannot_be_written(tmp_path):
             create(tmp_path / "run")
 
 
-# ---- two at once, killed, torn ----------------------------------------------------------------------------------
-
-WRITER = """
-import sys
-from opd.journal.folder import RunFolder
-run = RunFolder.create(sys.argv[1], overwrite=False, config={}, config_hash="x")
-print("locked", flush=True)
-step = 0
-while True:
-    step += 1
-    run.log_step(step, step, {f"metric_{i}": 1 / step for i in range(300)})
-    run.write_summary({"schema_version": 1, "status": "done", "steps": step, "filler": "x" * 20000})
-"""
-
-
-def start_writer(path: Path) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None and process.stdout.readline() == b"locked\n"
-    return process
-
-
-def test_second_process_is_refused_and_a_killed_one_leaves_no_lock_and_no_half_line(tmp_path):
-    path = tmp_path / "run"
-    process = start_writer(path)
-    try:
-        with pytest.raises(ConfigError, match="another process"):
-            create(path, overwrite=True)
-        while not read_summary(path):
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    rows = read_metrics(path)
-    summary = read_summary(path)
-    assert rows and [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    assert summary and len(rows) - summary["steps"] in (0, 1)
-    create(path, overwrite=True).close()
-
-
-def test_same_process_cannot_open_a_folder_twice(tmp_path):
-    with create(tmp_path / "run"), pytest.raises(ConfigError, match="another process"):
-        create(tmp_path / "run")
-    create(tmp_path / "run").close()
-
-
-def test_file_system_without_locks_warns_and_goes_on(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(folder_module.fcntl, "flock", no_locks)
-    with pytest.warns(UserWarning, match="cannot be locked"):
-        run = create(tmp_path / "run")
-    run.log_step(1, 1, {})
-    monkeypatch.undo()
-    run.close()
+# ---- torn, broken, newer ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(cut=st.integers(1, 60))
 def test_torn_last_line_is_left_out_with_a_warning(tmp_path, cut):
     path = tmp_path / f"run{cut}"
-    with create(path, overwrite=True) as run:
+    with create(path, "overwrite") as run:
         for step in (1, 2, 3):
             run.log_step(step, step, {"loss": 1 / step, "note": 1})
     file = path / "metrics.jsonl"
@@ -247,6 +238,21 @@ def test_torn_last_line_is_left_out_with_a_warning(tmp_path, cut):
     else:
         with pytest.warns(UserWarning, match=r"metrics\.jsonl:3: the last line is incomplete"):
             assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(cut=st.integers(1, 120_000))
+def test_next_line_never_hangs_on_a_torn_one(tmp_path, cut):
+    file = tmp_path / "events.jsonl"
+    first, second = to_json({"n": 1}), to_json({"n": 2, "long": "x" * 100_000})
+    file.write_bytes((first + second)[:-cut])
+    append_line(file, to_json({"n": 3}))
+    numbers = [json.loads(text)["n"] for text in file.read_bytes().splitlines()]
+    left = max(0, len(first + second) - cut)
+    whole = [
+        n for n, end in ((1, len(first)), (2, len(first + second))) if left >= end - 1
+    ]  # a line end may be missing
+    assert numbers == [*whole, 3]
 
 
 def test_broken_line_in_the_middle_is_an_error_with_its_place(tmp_path):
@@ -284,7 +290,7 @@ def test_R_5_failed_write_keeps_the_old_file_and_leaves_nothing_behind(tmp_path,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OutOfSpace, match=r"summary\.json does not fit: No space"):
         write_atomic(path, b"newer")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["summary.json"]
 

@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.journal.records import gap_closed, line, plain, rollout_row, summary_record, to_json
+from opd.types import TokenScores
 from tests.journal.parts import rollouts
 
 # fmt: off
 SUMMARY_KEYS = [
     "schema_version", "status", "preset", "task", "n", "k", "ci_method", "student_before", "student_after", "teacher",
-    "gap_closed", "seconds", "seconds_by_phase", "tokens", "flops", "steps",
+    "gap_closed", "seconds", "seconds_by_phase", "tokens", "flops", "steps", "resumes", "stopped_by",
 ]
 # fmt: on
 scores = st.floats(0, 1)
@@ -84,6 +85,16 @@ def test_rollout_row_keeps_ids_and_float32_logprobs_exactly():
     assert row["mask"] == [0] + [1] * 199 and row["turns"] == [[0, 200]]
     data = replace(rollout, behaviour_logprobs=np.full(200, np.nan, np.float32), behaviour="dataset")
     assert rollout_row(data, "", "")["behaviour_logprobs"] == [None] * 200
+
+
+def test_rollout_row_has_scores_to_four_decimals_where_there_are_any():
+    rollout = rollouts(tokens=5)[0]
+    teacher = np.array([np.nan, -1.23456789, -0.00004, -np.inf, -100.0], np.float32)
+    scores = TokenScores(student_logprobs=teacher, teacher_logprobs=teacher, reverse_kl=np.float32([0, 1, 2, 3, 4]) / 3)
+    row = json.loads(to_json(rollout_row(rollout, "", "", scores)))
+    assert row["teacher_logprobs"] == [None, -1.2346, 0.0, None, -100.0]
+    assert row["reverse_kl"] == [0, 0.3333, 0.6667, 1, 1.3333], "decimals of the number, not of float32"
+    assert {"teacher_logprobs", "reverse_kl"}.isdisjoint(rollout_row(rollout, "", ""))
 
 
 def test_summary_has_exactly_the_keys_of_the_contract():

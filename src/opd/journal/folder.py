@@ -6,53 +6,65 @@ environment.json  versions, threads, device, hash of the config
 metrics.jsonl     one line for every step
 rollouts/         step_000123.jsonl.gz: what the student wrote
 evals.jsonl       one line for every evaluation
+events.jsonl      one line for everything that is no step: started, continued, a guard that fired
+views/            step_000123.json: answers looked at token by token, as `graded.py` describes them
 dumps/            what a bad step looked like
+checkpoints/      what the run is continued from, see `checkpoints.py`
+weights/ best/    models that were kept on the way, as transformers loads them
 summary.json      written at the end
-final/            the trained model, as transformers loads it
+report.html       a view of all this
+final/            the trained model
 """
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import json
 import os
 import platform
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd.errors import ConfigError
-from opd.journal.atomic import write_atomic
-from opd.journal.records import SCHEMA_VERSION, line, plain, rollout_row, to_json
-from opd.types import Rollout
+from opd.journal.atomic import TEMPORARY, append_line, discard, sync, write_atomic
+from opd.journal.lock import LOCK, Lock, is_run_folder
+from opd.journal.records import SCHEMA_VERSION, EventKind, line, plain, rollout_row, to_json
+from opd.journal.rewind import rewind
+from opd.types import Rollout, TokenScores
 
-LOCK = "run.lock"
-MARK = to_json({"format": "opd-run", "schema_version": SCHEMA_VERSION})
-SETTINGS = ("config.json", "environment.json")
-RESULTS = ("metrics.jsonl", "evals.jsonl", "summary.json", "rollouts", "dumps", "final")
+Existing = Literal["resume", "overwrite", "refuse"]
+LINES = ("metrics.jsonl", "evals.jsonl", "events.jsonl")
+RESULTS = (
+    *("metrics.jsonl", "evals.jsonl", "summary.json", "report.html"),
+    *("rollouts", "views", "dumps", "checkpoints", "weights", "best", "final"),
+)
+TRACES = ("events.jsonl", *(name + TEMPORARY for name in RESULTS))  # of a run, too, but nobody would miss them
 JOURNAL_BYTES = 64 * 2**20  # room that metrics, evals and some steps of rollouts need in any case
 
 
 class RunFolder:
-    """The one writer of a run folder; a context manager that gives the lock back."""
+    """The one writer of a run folder; a context manager that gives the lock back.
 
-    def __init__(self, path: Path, lock: int):
+    Whatever it writes is there as a whole or not at all; OutOfSpace is raised when it does not fit.
+    """
+
+    def __init__(self, path: Path, lock: Lock):
         self.path = path
-        self._lock: int | None = lock
+        self._lock: Lock | None = lock
 
     @classmethod
     def create(
         cls,
         path: str | Path,
         *,
-        overwrite: bool,
+        existing: Existing,
         config: Mapping[str, Any],
         config_hash: str,
         environment: Mapping[str, Any] | None = None,
@@ -60,32 +72,65 @@ class RunFolder:
     ) -> RunFolder:
         """Makes the folder, or takes over one whose run wrote no results yet, and writes config and environment.
 
-        With `overwrite` the results of an earlier run are deleted: the names in `RESULTS`, nothing else.
-        `environment` is what only the caller knows (opd and torch versions, threads, device); no host or user names.
-        `needed_bytes` is what the run will write besides its journal (the final model).
+        existing      "overwrite" deletes the results of an earlier run: the names in `RESULTS` and `TRACES`, nothing
+                      else. Otherwise results are refused: a run is continued by `reopen`.
+        environment   what only the caller knows (opd and torch versions, threads, device); no host or user names.
+        needed_bytes  what the run will write besides its journal (checkpoints, the final model).
         Raises ConfigError when the folder cannot be used; see `check`.
         """
         folder = Path(path).expanduser()
-        check(folder, overwrite=overwrite, config=config, needed_bytes=needed_bytes)
-        try:
+        if existing == "resume":
+            existing = "refuse"
+        check(folder, existing=existing, config=config, needed_bytes=needed_bytes)
+        with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ConfigError(f"run.folder={folder}: cannot write there ({error.strerror}); choose another") from error
+            lock = Lock.take(folder)
         try:
-            _take(lock, folder)
-            os.pwrite(lock, MARK, 0)
-            if overwrite:
-                for name in RESULTS:
-                    _delete(folder / name)
-            machine = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
-            about = {"schema_version": SCHEMA_VERSION, "config_hash": config_hash, **machine, **(environment or {})}
-            write_atomic(folder / "environment.json", _pretty(about))
-            write_atomic(folder / "config.json", _pretty(config))
+            with _writable(folder):
+                # Again, now that nobody else writes: a run may have started and ended since.
+                check(folder, existing=existing, config=config, needed_bytes=needed_bytes)
+                for name in (*RESULTS, *TRACES):
+                    discard(folder / name)
+                made = cls(folder, lock)
+                made.write_config(config, config_hash, environment)
         except BaseException:
-            os.close(lock)
+            lock.release()
             raise
-        return cls(folder, lock)
+        return made
+
+    @classmethod
+    def reopen(cls, path: str | Path, *, needed_bytes: int = 0) -> RunFolder:
+        """Takes the lock of a run's folder, to continue it; changes nothing else.
+
+        Raises ConfigError when it is no run folder, another process writes there, it cannot be written, or is short of
+        space.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir() or not is_run_folder(folder):
+            what = "is no run of opd" if folder.exists() else "does not exist"
+            raise ConfigError(f"run.folder={folder} {what}; name the folder of a run that is to go on")
+        _usable(folder, folder, needed_bytes)
+        with _writable(folder):
+            return cls(folder, Lock.take(folder))
+
+    def rewind(self, step: int) -> None:
+        """The record goes back to what it was after `step`, evaluations at `step` included; -1 is before everything.
+
+        Lines, rollouts, views, dumps, weights and checkpoints of later steps are removed, and what is written at the
+        end. `events.jsonl` stays: it is the history. So does `best/`.
+        Raises DataError when a line that is not the last one cannot be read.
+        """
+        assert self._lock is not None, "the folder is closed"
+        rewind(self.path, step)
+
+    def write_config(
+        self, config: Mapping[str, Any], config_hash: str, environment: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes `config.json` and `environment.json`; `environment` as in `create`."""
+        machine = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
+        about = {"schema_version": SCHEMA_VERSION, "config_hash": config_hash, **machine, **(environment or {})}
+        write_atomic(self.path / "environment.json", _pretty(about))
+        write_atomic(self.path / "config.json", _pretty(config))
 
     def log_step(self, step: int, policy_version: int, numbers: Mapping[str, float | int | bool | None]) -> None:
         """Appends one line to `metrics.jsonl`: step, the version the student has after it, and plain numbers."""
@@ -93,18 +138,36 @@ class RunFolder:
         self._append("metrics.jsonl", {"step": step, "policy_version": policy_version, **numbers})
 
     def log_eval(self, record: Mapping[str, Any]) -> None:
-        """Appends one line to `evals.jsonl`."""
+        """Appends one line to `evals.jsonl`; `record` has a `step`."""
         self._append("evals.jsonl", record)
 
+    def log_event(self, step: int, kind: EventKind, message: str, **facts: Any) -> None:
+        """Appends one line to `events.jsonl`: what happened, as a sentence, and the facts as plain values."""
+        self._append("events.jsonl", {"step": step, "kind": kind, "message": message, **facts})
+
     def write_rollouts(
-        self, step: int, rollouts_N: Sequence[Rollout], decode: Callable[[NDArray[np.int64]], str]
+        self,
+        step: int,
+        rollouts_N: Sequence[Rollout],
+        decode: Callable[[NDArray[np.int64]], str],
+        scores: Mapping[str, TokenScores] | None = None,
     ) -> Path:
-        """Writes `rollouts/step_000123.jsonl.gz`; `decode` turns token ids into text for people to read."""
+        """Writes `rollouts/step_000123.jsonl.gz`; `decode` turns token ids into text for people to read.
+
+        scores   by rollout id, what the update saw at the tokens; a rollout may have none.
+        """
         prompts = {rollout.prompt.id: decode(rollout.prompt.ids) for rollout in rollouts_N}
-        rows = [rollout_row(r, prompts[r.prompt.id], decode(r.response_ids)) for r in rollouts_N]
+        scores = scores or {}
+        rows = [rollout_row(r, prompts[r.prompt.id], decode(r.response_ids), scores.get(r.id)) for r in rollouts_N]
         path = self._file("rollouts", f"step_{step:06d}.jsonl.gz")
         # mtime=0: the same rollouts give the same bytes. Level 3: level 9 takes four times as long and saves 6 %.
         write_atomic(path, gzip.compress(b"".join(map(to_json, rows)), compresslevel=3, mtime=0))
+        return path
+
+    def write_view(self, step: int, record: Mapping[str, Any]) -> Path:
+        """Writes `views/step_000123.json`, a graded record."""
+        path = self._file("views", f"step_{step:06d}.json")
+        write_atomic(path, to_json(plain(record, "", [])))
         return path
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -117,6 +180,27 @@ class RunFolder:
         write_atomic(path, _pretty({"schema_version": SCHEMA_VERSION, "step": step, **payload}))
         return path
 
+    def sync(self) -> None:
+        """The lines written so far are on the disk, so that no checkpoint is ahead of its record after a power cut."""
+        for name in LINES:
+            if (self.path / name).exists():
+                sync(self.path / name)
+        sync(self.path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder for `Checkpoints`."""
+        return self.path / "checkpoints"
+
+    def weights(self, step: int) -> Path:
+        """Where the model of a step that stays for good belongs."""
+        return self._file("weights", f"step_{step:06d}")
+
+    @property
+    def best(self) -> Path:
+        """Where the best model so far belongs."""
+        return self.path / "best"
+
     @property
     def final(self) -> Path:
         """Where the trained model belongs."""
@@ -124,8 +208,7 @@ class RunFolder:
 
     def close(self) -> None:
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing alone would leave it with a forked child
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def __enter__(self) -> RunFolder:
@@ -136,11 +219,7 @@ class RunFolder:
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         assert self._lock is not None, "the folder is closed"
-        with open(self.path / name, "ab", buffering=0) as file:
-            data = to_json(line(record))
-            written = file.write(data)
-            if written != len(data):
-                raise OSError(f"{self.path / name}: only {written} of {len(data)} bytes fit; is the disk full?")
+        append_line(self.path / name, to_json(line(record)))
 
     def _file(self, folder: str, name: str) -> Path:
         assert self._lock is not None, "the folder is closed"
@@ -148,42 +227,52 @@ class RunFolder:
         return self.path / folder / name
 
 
-def check(path: str | Path, *, overwrite: bool, config: Mapping[str, Any], needed_bytes: int = 0) -> int:
+def check(path: str | Path, *, existing: Existing, config: Mapping[str, Any], needed_bytes: int = 0) -> int:
     """Whether a run could be written to `path`; changes nothing. Returns the free bytes there.
 
-    Raises ConfigError when it is no folder, holds files of others, holds another run's results and `overwrite` is
-    off, holds a file that `config` reads and that `overwrite` would delete, cannot be written, or is short of space.
+    Raises ConfigError when it is no folder, holds files of others, holds another run's results and `existing` is
+    "refuse", holds a file that `config` reads and that "overwrite" would delete, cannot be written, or is short of
+    space.
     """
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run.folder={folder} is a file; name a folder")
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.folder={folder}: {existing} cannot be written to; choose another")
-
+    above = folder
+    while not above.exists():
+        above = above.parent
     names = {entry.name for entry in folder.iterdir()} - {LOCK} if folder.exists() else set()
     if names and not is_run_folder(folder):
         some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         raise ConfigError(
             f"run.folder={folder} holds files that are no run of opd ({some}); they are left alone. Name a new folder"
         )
-    results = sorted(names & set(RESULTS))
-    if results and not overwrite:
+    results = holds_results(folder)
+    if results and existing == "refuse":
         raise ConfigError(
-            f"run.folder={folder} already holds a run ({', '.join(results)}). "
-            f"Choose another run.folder=..., or delete that run with run.overwrite=true"
+            f"run.folder={folder} already holds a run ({', '.join(results)}). Go on with it: run.existing=resume, "
+            f"delete it: run.existing=overwrite, or choose another run.folder=..."
         )
-    for key, value in _strings(config):
+    for key, value in _strings(config) if existing == "overwrite" else ():
         inside = _inside(value, folder)
         if inside is not None and inside.parts[0] in results:
             raise ConfigError(
-                f"{key}={value} is part of the run in run.folder={folder}, which run.overwrite=true would delete. "
+                f"{key}={value} is part of the run in run.folder={folder}, which run.existing=overwrite would delete. "
                 f"Choose another run.folder=..."
             )
+    return _usable(folder, above, needed_bytes)
 
-    free = shutil.disk_usage(existing).free
+
+def holds_results(path: str | Path) -> list[str]:
+    """What a run of opd wrote at `path` that somebody may miss, by name; nothing when it came to no result yet."""
+    folder = Path(path).expanduser()
+    return [name for name in sorted(RESULTS) if os.path.lexists(folder / name)] if is_run_folder(folder) else []
+
+
+def _usable(folder: Path, above: Path, needed_bytes: int) -> int:
+    """The free bytes in `above`, the part of the path that exists; ConfigError when they are too few or read-only."""
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.folder={folder}: {above} cannot be written to; choose another")
+    free = shutil.disk_usage(above).free
     needed = needed_bytes + JOURNAL_BYTES
     if free < needed:
         raise ConfigError(
@@ -193,30 +282,13 @@ def check(path: str | Path, *, overwrite: bool, config: Mapping[str, Any], neede
     return free
 
 
-def is_run_folder(path: str | Path) -> bool:
-    """Whether opd made this folder."""
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """A folder that cannot be written is the user's to change."""
     try:
-        return json.loads((Path(path) / LOCK).read_bytes()).get("format") == "opd-run"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _take(lock: int, folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"run.folder={folder}: another process is writing there; wait for it or choose another run.folder=..."
-        ) from error
-    except OSError as error:  # some network file systems have no locks; a run there is better than none
-        warnings.warn(f"{folder} cannot be locked ({error.strerror}); start only one run in it", stacklevel=3)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)  # a link goes, what it points to stays
+        yield
+    except OSError as error:
+        raise ConfigError(f"run.folder={folder}: cannot write there ({error.strerror}); choose another") from error
 
 
 def _inside(value: str, folder: Path) -> Path | None:

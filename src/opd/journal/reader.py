@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from opd.errors import DataError
-from opd.journal.folder import is_run_folder
+from opd.journal.lock import is_run_folder
 from opd.journal.records import SCHEMA_VERSION
 
 
@@ -26,6 +27,18 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 def read_evals(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of `evals.jsonl`; incomplete last line and errors as in `read_metrics`."""
     return _lines(_run(folder) / "evals.jsonl")
+
+
+def read_events(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of `events.jsonl`: `step`, `kind` (`records.EventKind`), `message` and facts; errors as in
+    `read_metrics`. A step may come again: what happened before a run was continued stays."""
+    return _lines(_run(folder) / "events.jsonl")
+
+
+def read_views(folder: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """Step and graded record (`journal/graded.py`) of every file in `views/`, in the order of the steps."""
+    files = _by_step(_run(folder) / "views", ".json")
+    return [(step, _parse(files[step].read_bytes(), files[step], 1)) for step in sorted(files)]
 
 
 def read_summary(folder: str | Path) -> dict[str, Any] | None:
@@ -52,11 +65,13 @@ def read_rollouts(folder: str | Path, step: int | None = None) -> Iterator[dict[
     behaviour_logprobs                                                one for every response token, None: nobody sampled
     mask                                                              1 where the writer chose the token
     turns                                                             [start, end] of the spans the student wrote
+    teacher_logprobs, reverse_kl                                      one for every response token, None: not scored;
+                                                                      absent where nothing was, and in older files
     step                                                              the step whose file it stands in
 
     Raises DataError when the folder is no run, the step was not written, or a line cannot be read.
     """
-    files = {int(path.name[5:].split(".")[0]): path for path in (_run(folder) / "rollouts").glob("step_*.jsonl.gz")}
+    files = _by_step(_run(folder) / "rollouts", ".jsonl.gz")
     if step is not None and step not in files:
         there = f"steps {min(files)} to {max(files)}" if files else "none"
         raise DataError(f"{folder}: no rollouts of step {step}; written: {there}")
@@ -64,6 +79,11 @@ def read_rollouts(folder: str | Path, step: int | None = None) -> Iterator[dict[
         with gzip.open(files[number], "rb") as file:
             for count, text in enumerate(file, 1):
                 yield {"step": number, **_parse(text, files[number], count)}
+
+
+def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
+    named = ((re.fullmatch(rf"step_(\d+){re.escape(suffix)}", path.name), path) for path in folder.glob("step_*"))
+    return {int(name[1]): path for name, path in named if name}
 
 
 def _run(folder: str | Path) -> Path:

@@ -12,11 +12,15 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
-from opd.types import Rollout
+from opd.types import Rollout, TokenScores
 
 SCHEMA_VERSION = 1
 Status = Literal["done", "interrupted", "failed"]
+EventKind = Literal[
+    "start", "resume", "checkpoint_skipped", "guard", "out_of_memory", "bad_step", "adapter", "tracker", "stop"
+]
 
 
 class Interval(TypedDict):
@@ -60,13 +64,16 @@ def line(record: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def rollout_row(rollout: Rollout, prompt_text: str, response_text: str) -> dict[str, Any]:
+def rollout_row(
+    rollout: Rollout, prompt_text: str, response_text: str, scores: TokenScores | None = None
+) -> dict[str, Any]:
     """One line of `rollouts/step_*.jsonl.gz`. Ids are the record, the texts are for people.
 
     `behaviour_logprobs` are the shortest decimals that read back to the same float32, null where nobody sampled.
+    With `scores` there are `teacher_logprobs` and `reverse_kl` as well, to 4 decimals, null where they are not finite.
     """
     decimals = rollout.behaviour_logprobs.astype(np.float32).astype("U32")
-    return {
+    row = {
         "schema_version": SCHEMA_VERSION,
         "id": rollout.id,
         "prompt_id": rollout.prompt.id,
@@ -82,6 +89,17 @@ def rollout_row(rollout: Rollout, prompt_text: str, response_text: str) -> dict[
         "mask": rollout.mask.astype(np.int8).tolist(),
         "turns": [list(turn) for turn in rollout.turns],
     }
+    if scores is not None:
+        row["teacher_logprobs"] = _rounded(scores.teacher_logprobs)
+        row["reverse_kl"] = _rounded(scores.reverse_kl)
+    return row
+
+
+def _rounded(values_T: NDArray[np.float32]) -> list[float | None]:
+    numbers: list[float | None] = np.round(values_T.astype(np.float64), 4).tolist()
+    for i in np.flatnonzero(~np.isfinite(values_T)).tolist():
+        numbers[i] = None
+    return numbers
 
 
 def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
@@ -110,8 +128,10 @@ def summary_record(
     tokens: int,
     flops: float,
     steps: int,
+    resumes: int = 0,
+    stopped_by: str | None = None,
 ) -> dict[str, Any]:
-    """`summary.json`, the contract that others may rely on.
+    """`summary.json`, the contract that others may rely on up to `steps`.
 
     preset      the objective's name, None for one written term by term.
     task, n, k  the held-out task, its number of problems, the answers per problem; None where nothing was measured.
@@ -120,6 +140,8 @@ def summary_record(
     tokens      response tokens that were trained on, over all updates.
     flops       floating-point operations of the whole run, from the ledger.
     steps       steps of the loop, skipped ones included.
+    resumes     how often the run was continued.
+    stopped_by  what ended it before its last step, None for one that is done.
     """
     scores = {"student_before": student_before, "student_after": student_after, "teacher": teacher}
     means = [None if score is None else score["mean"] for score in scores.values()]
@@ -138,6 +160,8 @@ def summary_record(
         "tokens": int(tokens),
         "flops": float(flops),
         "steps": int(steps),
+        "resumes": int(resumes),
+        "stopped_by": stopped_by,
     }
 
 
