@@ -7,28 +7,36 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from opd.config.schema import Learner as LearnerSpec
 from opd.config.schema import Optim
-from opd.errors import TrainingDiverged
+from opd.errors import ModelError, TrainingDiverged
 from opd.learner.optim import learning_rate, make_optimizer
-from opd.models.packing import pack, plan
+from opd.learner.tally import Invalid, Tally
 from opd.models.causal import CausalLM
+from opd.models.packing import pack, plan
 from opd.models.weights import ModuleWeights
-from opd.objectives.kernels.tiled import TokenRows, TokenValues, tiled_loss
+from opd.objectives.kernels.tiled import TokenRows, tiled_loss
 from opd.objectives.objective import Objective, TermWeights, batch_weights
 from opd.protocols import EvidenceHandle
 from opd.types import Batch, Rollout, ScorerRows, StepReport
 
-Invalid = dict[str, NDArray[np.bool_]]
+SMALLEST_CHUNK = 16  # tokens in a tile, below which less memory is not worth the time
 
 
 class LocalLearner:
     """Trains a model that lives in this process.
 
-    on_bad_step   called with (step, facts) before a step with a non-finite loss or gradient is skipped.
-    padding_side  of micro-batches; no result depends on it.
+    step                    passes of the loop so far.
+    tokens_per_micro_batch  as configured, or less after the device ran out of memory; no result depends on it.
+    chunk_tokens            likewise.
+
+    on_bad_step    called with (step, facts) before a step with a non-finite loss or gradient is skipped.
+    before_change  called when the gradient of a batch is whole, before the first thing that belongs to the learner's
+                   state is changed: until `update` returns and the step is written down, the student is neither the
+                   old nor the new one.
+    on_less        called with a sentence when micro-batches had to become smaller.
+    padding_side   of micro-batches; no result depends on it.
     """
 
     def __init__(
@@ -40,24 +48,35 @@ class LocalLearner:
         spec: LearnerSpec,
         total_steps: int,
         on_bad_step: Callable[[int, dict[str, Any]], None] | None = None,
+        before_change: Callable[[], None] | None = None,
+        on_less: Callable[[str], None] | None = None,
         padding_side: Literal["left", "right"] = "right",
     ) -> None:
         self.model = model
         self.objective = objective
         self.optimizer = make_optimizer(model, optim)
         self.step = 0
+        self.updates = 0
+        self.bad_in_a_row = 0
+        self.bad_in_all = 0
+        self.tokens_per_micro_batch = spec.tokens_per_micro_batch
+        self.chunk_tokens = spec.chunk_tokens
         self._optim = optim
         self._spec = spec
         self._total_updates = total_steps * spec.updates_per_batch
-        self._updates = 0
-        self._bad_in_a_row = 0
-        self._bad_in_all = 0
         self._on_bad_step = on_bad_step
+        self._before_change = before_change
+        self._on_less = on_less
         self._padding_side: Literal["left", "right"] = padding_side
+
+    def lowered(self) -> dict[str, int]:
+        """The limits that are lower than configured, because memory ran out."""
+        names = ("tokens_per_micro_batch", "chunk_tokens")
+        return {name: getattr(self, name) for name in names if getattr(self, name) < getattr(self._spec, name)}
 
     def weights(self) -> ModuleWeights:
         """The student's weights now; the version counts updates."""
-        return ModuleWeights(self.model.module, version=self._updates)
+        return ModuleWeights(self.model.module, version=self.updates)
 
     def update(self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None) -> StepReport:
         """One pass of the loop: `updates_per_batch` optimiser steps on these rollouts.
@@ -65,19 +84,21 @@ class LocalLearner:
         A step whose loss or gradient is not finite changes nothing, is counted and reported; too many in a row raise
         TrainingDiverged.
         """
-        applied, metrics = False, {}
+        applied, metrics, tally = False, {}, Tally()
         try:
-            for _ in range(self._spec.updates_per_batch):
-                metrics = self._accumulate(rollouts_N, evidence)
+            for n in range(self._spec.updates_per_batch):
+                metrics, tally = self._accumulate(rollouts_N, evidence)
+                if n == 0 and self._before_change is not None:
+                    self._before_change()
                 applied = self._apply(rollouts_N, metrics)
         finally:
             if evidence is not None:
                 evidence.release()
         self.step += 1
-        report = StepReport(step=self.step, applied=applied, metrics=metrics)
-        if self._bad_in_a_row >= self._spec.max_bad_steps:
+        report = StepReport(step=self.step, applied=applied, metrics=metrics, scores=tally.scores())
+        if self.bad_in_a_row >= self._spec.max_bad_steps:
             raise TrainingDiverged(
-                f"{self._bad_in_a_row} updates in a row had a non-finite loss or gradient (learner.max_bad_steps = "
+                f"{self.bad_in_a_row} updates in a row had a non-finite loss or gradient (learner.max_bad_steps = "
                 f"{self._spec.max_bad_steps}). The weights are those of the last good one. Lower optim.lr "
                 f"(now {metrics['lr']:g}), or look at the dumped steps in the run folder.",
                 report,
@@ -86,30 +107,63 @@ class LocalLearner:
 
     def gradients(self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None) -> dict[str, float]:
         """Leaves the step's gradient in the parameters' `.grad`, unclipped, and returns the metrics."""
-        return self._accumulate(rollouts_N, evidence)
+        return self._accumulate(rollouts_N, evidence)[0]
 
-    def _accumulate(self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None) -> dict[str, float]:
+    def _accumulate(
+        self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None
+    ) -> tuple[dict[str, float], Tally]:
         """Gradient of the whole step. Evidence turns out invalid only when it is pulled; then denominators were wrong,
-        and the pass is made again with these tokens masked from the start."""
+        and the pass is made again with these tokens masked from the start. Out of memory, it is made again with
+        smaller micro-batches: the same gradient."""
         invalid: Invalid = {}
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             weights = self.objective.weights(rollouts_N, invalid)
-            sums = _Sums()
+            tally = Tally()
             found: Invalid = {}
-            for group in plan(rollouts_N, self._spec.tokens_per_micro_batch):
-                self._micro_batch(group, evidence, weights, sums, found)
+            full: str | None = None
+            try:
+                for group in plan(rollouts_N, self.tokens_per_micro_batch):
+                    self._micro_batch(group, evidence, weights, tally, found)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                full = str(error).splitlines()[0]
+            if full is not None:  # outside the except block: the error holds the tensors of the frames it came from
+                self._take_less(rollouts_N, full)
+                continue
             if not _adds(found, invalid):
-                return sums.metrics(rollouts_N, invalid)
+                return tally.metrics(rollouts_N, invalid), tally
             for key, mask_T in found.items():
                 invalid[key] = invalid.get(key, np.zeros_like(mask_T)) | mask_T
+
+    def _take_less(self, rollouts_N: Sequence[Rollout], said: str) -> None:
+        """Halves micro-batches, and then tiles, until a single short tile of the longest answer does not fit."""
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        longest = max(len(r.prompt.ids) + len(r.response_ids) for r in rollouts_N)
+        padded = len(rollouts_N) * longest
+        if self.tokens_per_micro_batch > longest:
+            self.tokens_per_micro_batch = max(longest, min(self.tokens_per_micro_batch, padded) // 2)
+            what = f"learner.tokens_per_micro_batch goes down to {self.tokens_per_micro_batch}"
+        elif self.chunk_tokens > SMALLEST_CHUNK:
+            self.chunk_tokens = max(SMALLEST_CHUNK, self.chunk_tokens // 2)
+            what = f"learner.chunk_tokens goes down to {self.chunk_tokens}"
+        else:
+            raise ModelError(
+                f"out of memory with one answer of {longest} tokens in a micro-batch and {self.chunk_tokens} tokens in "
+                f"a tile ({said}). Shorten answers (sampling.max_tokens), set student.gradient_checkpointing=true, "
+                "train an adapter (student.lora), or take a smaller model."
+            )
+        if self._on_less is not None:
+            self._on_less(f"out of memory: {what}; the gradient stays the same")
 
     def _micro_batch(
         self,
         group: list[Rollout],
         evidence: EvidenceHandle | None,
         weights: TermWeights,
-        sums: _Sums,
+        tally: Tally,
         found: Invalid,
     ) -> None:
         batch = pack(group, device=self.model.device, side=self._padding_side)
@@ -124,10 +178,10 @@ class LocalLearner:
             self.objective.terms,
             scorer=scorer,
             student_temperature=self.objective.spec.student_temperature,
-            chunk_tokens=self._spec.chunk_tokens,
+            chunk_tokens=self.chunk_tokens,
         )
         loss.backward()
-        sums.add(loss.detach(), values, batch, scorer)
+        tally.add(loss.detach(), values, batch, scorer)
 
     def _pull(self, batch: Batch, evidence: EvidenceHandle | None) -> ScorerRows | None:
         resolution = self.objective.resolution
@@ -141,67 +195,24 @@ class LocalLearner:
         """Clips and steps, or skips when anything is not finite. Adds to `metrics`."""
         parameters = [p for p in self.model.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._optim.clip_norm))
-        lr = learning_rate(self._optim, self._updates, self._total_updates)
+        lr = learning_rate(self._optim, self.updates, self._total_updates)
         metrics |= {"grad_norm": norm, "lr": lr}
         applied = bool(np.isfinite(norm) and np.isfinite(metrics["loss"]))
         if applied:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            self._bad_in_a_row = 0
-            self._updates += 1
+            self.bad_in_a_row = 0
+            self.updates += 1
         else:
-            self._bad_in_a_row += 1
-            self._bad_in_all += 1
+            self.bad_in_a_row += 1
+            self.bad_in_all += 1
             if self._on_bad_step is not None:
                 facts = {"loss": metrics["loss"], "grad_norm": norm, "lr": lr, "rollouts": [r.id for r in rollouts_N]}
                 self._on_bad_step(self.step + 1, facts)
-        metrics["bad_steps"] = float(self._bad_in_all)
+        metrics["bad_steps"] = float(self.bad_in_all)
         self.optimizer.zero_grad(set_to_none=True)
         return applied
-
-
-class _Sums:
-    """Metrics of a step, summed over micro-batches on the device, read once at the end."""
-
-    def __init__(self) -> None:
-        self._loss: list[torch.Tensor] = []
-        self._sums: dict[str, list[torch.Tensor]] = {}
-
-    def add(self, loss: torch.Tensor, values: TokenValues, batch: Batch, scorer: ScorerRows | None) -> None:
-        valid_T = batch.mask_T if scorer is None else batch.mask_T & scorer.valid_T
-        facts = {f"term/{name}": value_T for name, value_T in values.terms.items()}
-        facts |= {"entropy": values.entropy_T, "student_logprob": values.logprob_T}
-        if values.reverse_kl_T is not None:
-            facts["reverse_kl"] = values.reverse_kl_T
-        on_policy_T = valid_T & torch.isfinite(batch.behaviour_T)
-        gap_T = torch.where(on_policy_T, values.logprob_T - batch.behaviour_T, 0.0)
-        self._loss.append(loss)
-        for name, value_T in facts.items():
-            self._append(name, torch.where(valid_T, value_T, 0.0).sum())
-        self._append("valid", valid_T.sum())
-        self._append("on_policy", on_policy_T.sum())
-        self._append("policy_gap", gap_T.abs().sum())
-        self._append("policy_gap_max", gap_T.abs().max())
-
-    def metrics(self, rollouts_N: Sequence[Rollout], invalid: Invalid) -> dict[str, float]:
-        """Means per trained token. `policy_gap` is |log p now - log p when sampled|, zero when on-policy."""
-        total = {k: float(torch.stack(v).sum()) for k, v in self._sums.items()}
-        tokens, on_policy = total.pop("valid"), total.pop("on_policy")
-        gap = total.pop("policy_gap")
-        total.pop("policy_gap_max")
-        metrics = {"loss": float(torch.stack(self._loss).sum())}
-        metrics |= {k: v / max(tokens, 1.0) for k, v in total.items()}
-        metrics["trained_tokens"] = tokens
-        metrics["masked_tokens"] = float(sum(len(r.mask) for r in rollouts_N)) - tokens
-        metrics["invalid_scores"] = float(sum(m.sum() for m in invalid.values()))
-        if on_policy:
-            metrics["policy_gap"] = gap / on_policy
-            metrics["policy_gap_max"] = float(torch.stack(self._sums["policy_gap_max"]).max())
-        return metrics
-
-    def _append(self, name: str, value: torch.Tensor) -> None:
-        self._sums.setdefault(name, []).append(value)
 
 
 def _note_invalid(batch: Batch, scorer: ScorerRows, found: Invalid) -> None:
@@ -219,3 +230,10 @@ def _note_invalid(batch: Batch, scorer: ScorerRows, found: Invalid) -> None:
 
 def _adds(found: Invalid, known: Invalid) -> bool:
     return any(key not in known or (mask_T & ~known[key]).any() for key, mask_T in found.items())
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host refused memory. torch says it of CUDA with a class, of the host in words."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -48,12 +48,14 @@ class TokenValues:
     logprob_T       the student's log-probability of the drawn token.
     entropy_T       of the student's distribution.
     reverse_kl_T    KL(student || teacher) in full, or log p - log q of the drawn token; None without a teacher.
+    teacher_T       the teacher's log-probability of the drawn token; None without a teacher.
     """
 
     terms: dict[str, Tensor]
     logprob_T: Tensor
     entropy_T: Tensor
     reverse_kl_T: Tensor | None
+    teacher_T: Tensor | None
 
 
 def tiled_loss(
@@ -183,7 +185,7 @@ def _tile(
             loss = loss + torch.where(kept_C, weight_C * value_C, 0.0).sum()
         term_values[term.name] = value_C
     dlogits_CV /= student_temperature
-    return loss, dlogits_CV, TokenValues(term_values, logp_C, -(p_CV * logp_CV).sum(-1), reverse_kl_C)
+    return loss, dlogits_CV, TokenValues(term_values, logp_C, -(p_CV * logp_CV).sum(-1), reverse_kl_C, logq_C)
 
 
 def _scorer_tile(scorer: ScorerRows | None, tile: slice, token_C: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -212,9 +214,11 @@ def _sampled(term: Term, logp_C: Tensor, logq_C: Tensor | None, behaviour_C: Ten
 
 def _joined(pieces: list[TokenValues]) -> TokenValues:
     reverse_kl = [p.reverse_kl_T for p in pieces if p.reverse_kl_T is not None]
+    teacher = [p.teacher_T for p in pieces if p.teacher_T is not None]
     return TokenValues(
         terms={name: torch.cat([p.terms[name] for p in pieces]) for name in pieces[0].terms},
         logprob_T=torch.cat([p.logprob_T for p in pieces]),
         entropy_T=torch.cat([p.entropy_T for p in pieces]),
         reverse_kl_T=torch.cat(reverse_kl) if reverse_kl else None,
+        teacher_T=torch.cat(teacher) if teacher else None,
     )
