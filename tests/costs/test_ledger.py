@@ -12,6 +12,7 @@ from opd.costs.ledger import Cost, Ledger, forward, prefill_cost, sampling_cost,
 from opd.costs.size import ModelSize, model_size
 from tests import tiny
 from tests.journal.parts import rollouts
+from tests.models.adapted import adapted
 
 # Thinking Machines, "On-Policy Distillation": Qwen3-8B student, Qwen3-32B teacher, prefill and attention not counted.
 STUDENT = ModelSize(parameters=8_190_000_000, active_parameters=8_190_000_000)
@@ -75,6 +76,26 @@ def test_prompts_are_prefilled_once_and_read_by_the_teacher_every_time():
     one = rollouts(prompts=3, samples=1, tokens=5, prompt_tokens=7)
     assert prefill_cost(one, size) + sampling_cost(one, size) == scoring_cost(one, size)
     assert training_cost(made, size) == Cost(3 * scoring_cost(made, size).flops, 12 * 12)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_frozen_weights_get_no_gradient_and_cost_none(kind):
+    """What PyTorch counts of a step that trains an adapter: a third less than one that trains everything, nearly."""
+    student = adapted(kind, rank=2)
+    model = student.module
+    model.set_attn_implementation("eager")
+    made = rollouts(prompts=1, samples=1, tokens=60, prompt_tokens=4)
+    ids = torch.randint(4, 290, (1, 64))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False).logits.sum().backward()
+    size = model_size(model.config.to_dict(), student.parameter_count)
+    ours = training_cost(made, size, student.trainable_count)
+    full = training_cost(made, size)
+    assert ours.tokens == full.tokens == 64 and 0.65 * full.flops < ours.flops < 0.75 * full.flops
+    # PyTorch computes all of the attention, three times; nothing below the lowest adapter gets a gradient.
+    wasted = 3 * 4 * size.attention_layers * size.attention_width * (64 * 64 - 64 * 65 // 2)
+    assert counter.get_total_flops() == pytest.approx(ours.flops + wasted, rel=0.04)
+    assert training_cost(made, size, size.active_parameters) == full
 
 
 def test_parts_add_up_and_come_out_flat():

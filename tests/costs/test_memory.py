@@ -44,8 +44,46 @@ def test_exact_parts():
 
 def test_float32_needs_no_second_copy_and_four_bits_half_a_byte():
     parts = training_memory(SIZE, SIZE, **{**SETTINGS, "student_dtype": "float32", "teacher_dtype": "int4"})
-    assert parts["student_compute_copy"] == 0 and parts["teacher_weights"] == 500
+    assert parts["student_compute_copy"] == 0 and parts["teacher_weights"] == 562  # half a byte, and scales
     assert "teacher_weights" not in training_memory(SIZE, None, **SETTINGS)
+
+
+def test_of_a_student_with_an_adapter_only_the_adapter_is_paid_for_four_times():
+    parts = training_memory(SIZE, None, **SETTINGS, adapter=100)
+    assert parts["adapter_master_weights"] == parts["adapter_gradients"] == 400 and parts["adam_moments"] == 800
+    assert parts["student_frozen_weights"] == 2000
+    assert parts["student_compute_copy"] == 2 * 4 * 16 * (16 + 8 + 2 * 64)  # query, key, value; gate and up
+    assert "teacher_weights" not in parts
+    whole = training_memory(SIZE, None, **SETTINGS)
+    assert all(parts[part] == whole[part] for part in ("kv_cache", "activations", "logits_chunk"))
+
+
+def test_tables_are_not_quantised():
+    size = ModelSize(**{**vars(SIZE), "tables": 300})
+    for adapter in (None, 10):
+        parts = training_memory(
+            size, size, **{**SETTINGS, "teacher_dtype": "int8"}, adapter=adapter, student_weights="int4"
+        )
+        assert parts["teacher_weights"] == 700 + 2 * 300
+    assert parts["student_frozen_weights"] == round(700 * 4.5 / 8 + 2 * 300) and parts["student_compute_copy"] == 0
+    assert training_memory(size, size, **SETTINGS)["teacher_weights"] == 2000
+
+
+def test_bytes_of_quantised_weights_are_those_that_are_held(tmp_path: Path):
+    from opd.config.schema import Lora, Student
+    from opd.models.loading import adapter_targets, load_student
+
+    for bits in ("int4", "int8"):
+        source = tiny.save(tmp_path / bits, hidden_size=64, intermediate_size=128, head_dim=16)
+        spec = Student(model=source, device="cpu", quantisation=bits, lora=Lora(rank=4))
+        student = load_student(spec, 300)
+        size = model_size(student.module.config.to_dict(), student.parameter_count - student.trainable_count)
+        settings = {**SETTINGS, "student_dtype": "float32", "student_weights": bits}
+        parts = training_memory(size, None, **settings, adapter=adapter_targets(spec).parameters(4))
+        assert parts["adapter_master_weights"] == 4 * student.trainable_count
+        state = {n: t for n, t in student.module.state_dict().items() if ".lora_" not in n}
+        held = sum(t.nbytes for n, t in state.items() if "quant_" not in n)
+        assert parts["student_frozen_weights"] == pytest.approx(held, rel=0.03)  # norms, and a scale a row
 
 
 def saved_bytes_per_token(model, tokens: int, width: int = 2) -> float:

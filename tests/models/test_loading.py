@@ -177,13 +177,6 @@ def test_apple_gpus_are_not_picked_since_tokens_are_drawn_in_float64(monkeypatch
         pick_device("mps")
 
 
-def test_quantisation_names_its_extra(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    source = tiny.save(tmp_path / "m")
-    with pytest.raises(ModelError, match=r"opd\[quantisation\]"):
-        load_teacher(Teacher(model=source, quantisation="int4"), 300)
-
-
 def test_fingerprint_tells_models_apart() -> None:
     marks = [
         CausalLM(tiny.model(seed=s), vocab_size=300, compute_dtype=torch.float32, name="m").fingerprint()
@@ -222,9 +215,3 @@ def test_a_checkpoint_with_weights_missing_is_refused_not_filled_with_random_num
     save_file({k: v for k, v in tensors.items() if "layers.1.mlp" not in k}, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"3 of its weights are not in the checkpoint.*layers\.1\.mlp"):
         load_teacher(Teacher(model=source, device="cpu"), 300)
-
-
-def test_an_adapter_is_called_an_adapter(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"is an adapter \(LoRA\), not a model"):
-        load_student(Student(model=str(tmp_path)), 10)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from opd.costs.size import ModelSize
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
+# Quantised, beside the numbers: a float32 scale for every 64 of four bits; those of eight bits are one a row.
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
 LOGITS_COPIES = 7  # float32 [C, V] alive at the peak of objectives/kernels/tiled.py, counted there (JSD: 10)
 
 
@@ -27,31 +28,47 @@ def training_memory(
     slots: int,
     max_len: int,
     gradient_checkpointing: bool,
+    adapter: int | None = None,
+    student_weights: str | None = None,
 ) -> dict[str, int]:
     """Bytes by part when sampler, teacher and learner stand on one device; their sum is the need. Order is stable.
 
     student_dtype   compute type; with float32 the master weights are the compute weights.
     teacher_dtype   float32, bfloat16, float16, or int8 and int4 for a quantised teacher. Ignored without a teacher.
     slots, max_len  answers written at the same time, and tokens of the longest prompt plus answer.
+    adapter         parameters of a LoRA adapter; the student's own are then frozen. None: all are trained.
+    student_weights what frozen weights are stored in (as teacher_dtype); read only with an adapter.
     """
     width = BYTES[student_dtype]
-    weights = student.parameters
+    who, trained = ("student", student.parameters) if adapter is None else ("adapter", adapter)
     parts: dict[str, float] = {
-        "student_master_weights": 4 * weights,
-        "student_gradients": 4 * weights,
-        "adam_moments": 8 * weights,
-        "student_compute_copy": 0 if student_dtype == "float32" else width * weights,
+        f"{who}_master_weights": 4 * trained,
+        f"{who}_gradients": 4 * trained,
+        "adam_moments": 8 * trained,
+        "student_compute_copy": 0 if adapter is not None or student_dtype == "float32" else width * trained,
         "kv_cache": slots * max_len * student.attention_layers * student.kv_width * width,
         "activations": tokens_per_micro_batch
         * activation_bytes_per_token(student, width, gradient_checkpointing=gradient_checkpointing),
         "logits_chunk": LOGITS_COPIES * 4 * chunk_tokens * student.vocab,
     }
+    if adapter is not None:
+        stored = student_weights or student_dtype
+        parts["student_frozen_weights"] = _stored(student, stored, width)
+        if stored not in ("int8", "int4"):  # the sampler fuses some projections, which copies them
+            sides = student.attention_width + student.kv_width + 2 * student.mlp_width
+            parts["student_compute_copy"] = width * student.layers * student.hidden * sides
     if teacher is not None:
         compute = max(BYTES[teacher_dtype], 2.0)  # quantised weights are multiplied in 16 bits
-        parts["teacher_weights"] = BYTES[teacher_dtype] * teacher.parameters
+        parts["teacher_weights"] = _stored(teacher, teacher_dtype, compute)
         # A forward pass without gradients holds one layer, and hands over its last hidden states.
         parts["teacher_activations"] = tokens_per_micro_batch * (_layer(teacher, compute) + teacher.hidden * compute)
     return {part: round(size) for part, size in parts.items()}
+
+
+def _stored(size: ModelSize, dtype: str, compute: float) -> float:
+    """Bytes of a model's weights. Quantised are its layers alone: the tables stay in the compute type."""
+    tables = min(size.tables, size.parameters) if dtype in ("int8", "int4") else 0
+    return BYTES[dtype] * (size.parameters - tables) + compute * tables
 
 
 def activation_bytes_per_token(size: ModelSize, width: float, *, gradient_checkpointing: bool) -> float:

@@ -22,6 +22,7 @@ class ModelSize:
     attention_width    heads x head size: the width of queries and of the attention's output.
     kv_width           2 x key-value heads x head size: numbers cached for a token in one attention layer.
     mlp_width          inner width of the MLP; of all experts of a token together.
+    tables             weights that are not a layer's: embeddings, learned positions, an untied head.
     """
 
     parameters: int
@@ -33,6 +34,7 @@ class ModelSize:
     attention_width: int = 0
     kv_width: int = 0
     mlp_width: int = 0
+    tables: int = 0
 
 
 def model_size(config: Mapping[str, Any], parameters: int | None = None) -> ModelSize:
@@ -56,6 +58,7 @@ def model_size(config: Mapping[str, Any], parameters: int | None = None) -> Mode
     gpt2 = "n_embd" in config
     tied = config.get("tie_word_embeddings", True)
     positions = config.get("n_positions", 0) * hidden if gpt2 else 0
+    tables = (1 if tied else 2) * vocab * hidden + positions
 
     inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
     inner = max(inner) if isinstance(inner, (list, tuple)) else inner  # some models widen layer by layer
@@ -73,7 +76,7 @@ def model_size(config: Mapping[str, Any], parameters: int | None = None) -> Mode
         block = hidden * (2 * attention_width + kv_width) + 2 * hidden
         dense = matrices * hidden * inner
         sparse = matrices * hidden * (experts * expert_width + shared) + experts * hidden
-        stored = (1 if tied else 2) * vocab * hidden + positions + layers * block
+        stored = tables + layers * block
         stored += dense_layers * dense + (layers - dense_layers) * sparse
     return ModelSize(
         parameters=stored,
@@ -85,6 +88,7 @@ def model_size(config: Mapping[str, Any], parameters: int | None = None) -> Mode
         attention_width=attention_width,
         kv_width=kv_width,
         mlp_width=chosen * expert_width + shared if experts else inner,
+        tables=tables,
     )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from opd.errors import ModelError
 from opd.objectives.head import head_logits
 from opd.types import Head
 
+if TYPE_CHECKING:
+    from opd.models.adapters import Adapter, LowRank
+
 
 class CausalLM:
     """A loaded model. Its parameters are live: sampler, teacher and learner may share one instance.
@@ -25,6 +29,7 @@ class CausalLM:
     module         the transformers model, always in eval mode: the student trains as what it sampled as.
     vocab_size     real tokens of the tokenizer; the embedding may have more rows (padding), which nobody reads.
     compute_dtype  what matrix products run in; parameters may be wider (float32 master weights).
+    adapter        the low-rank matrices that are trained beside the frozen parameters, None where there are none.
     max_positions  longest sequence the model was made for, None where it states none.
     """
 
@@ -33,6 +38,7 @@ class CausalLM:
         self.name = name
         self.vocab_size = vocab_size
         self.compute_dtype = compute_dtype
+        self.adapter: Adapter | None = None
         self._body = _body(self.module)
         self._body_takes = set(inspect.signature(self._body.forward).parameters)
         rows = self.module.get_output_embeddings().weight.shape[0]
@@ -58,8 +64,18 @@ class CausalLM:
         return getattr(self.config, "max_position_embeddings", None)
 
     @property
+    def architecture(self) -> type:
+        """The class of the transformers model."""
+        return type(self.module)
+
+    @property
     def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.module.parameters())
+        """Numbers in the model, an adapter included; a packed weight of 4 bits counts what it stands for."""
+        return sum(_numel(p) for p in self.module.parameters())
+
+    @property
+    def trainable_count(self) -> int:
+        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
     @property
     def head(self) -> Head:
@@ -76,7 +92,8 @@ class CausalLM:
     def autocast(self) -> AbstractContextManager[Any]:
         """Products in `compute_dtype`, whatever the parameters are stored in."""
         parameter = next(self.module.parameters())
-        if parameter.dtype == self.compute_dtype:
+        adapted = self.adapter is not None and self.compute_dtype != torch.float32  # its own matrices are float32
+        if parameter.dtype == self.compute_dtype and not adapted:
             return nullcontext()
         return torch.autocast(parameter.device.type, dtype=self.compute_dtype)
 
@@ -101,18 +118,14 @@ class CausalLM:
             if getattr(layer, "gradient_checkpointing", False):
                 layer.training = True
 
+    def linear_parts(self, layer: Any) -> tuple[Any, LowRank | None]:
+        """A linear layer of the module as the layer of the base, and what its adapter adds to it now."""
+        return (layer, None) if self.adapter is None else self.adapter.linear_parts(layer)
+
     def fingerprint(self) -> str:
         """Hash of names, shapes and up to 512 spread values of every tensor: tells two checkpoints apart in
         milliseconds, though not two that differ only in values it did not look at."""
-        digest = hashlib.blake2b(digest_size=8)
-        for key, value in sorted(self.module.state_dict().items()):
-            if not isinstance(value, Tensor):
-                continue
-            flat = value.detach().reshape(-1)
-            picked = flat[:: max(1, -(-flat.numel() // 512))].to("cpu", torch.float32)
-            digest.update(f"{key}{tuple(value.shape)}".encode())
-            digest.update(picked.numpy().tobytes())
-        return digest.hexdigest()
+        return digest(self.module.state_dict())
 
     @torch.no_grad()
     def _check_split(self) -> None:
@@ -132,9 +145,27 @@ class CausalLM:
         worst = (ours_TV - theirs_TV).abs().max().item()
         if worst > tolerance * max(1.0, theirs_TV.abs().max().item()):
             raise ModelError(
-                f"{self.name}: {type(self.module).__name__} does something between its last hidden state and its "
+                f"{self.name}: {self.architecture.__name__} does something between its last hidden state and its "
                 f"logits that opd does not know (difference {worst:.2g}). Please report this architecture."
             )
+
+
+def digest(tensors: Mapping[str, Any]) -> str:
+    """The hash behind `fingerprint`; what is not a tensor is left out."""
+    made = hashlib.blake2b(digest_size=8)
+    for key, value in sorted(tensors.items()):
+        if not isinstance(value, Tensor):
+            continue
+        flat = value.detach().reshape(-1)
+        picked = flat[:: max(1, -(-flat.numel() // 512))].to("cpu", torch.float32)
+        made.update(f"{key}{tuple(value.shape)}".encode())
+        made.update(picked.numpy().tobytes())
+    return made.hexdigest()
+
+
+def _numel(parameter: Any) -> int:
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes, 4 bits: two numbers in a byte
+    return parameter.numel() if packed is None else packed.shape.numel()
 
 
 def _body(module: Any) -> Any:

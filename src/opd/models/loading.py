@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
-from opd.config.schema import Model, Student, Teacher
+from opd.config.schema import Model, Quantisation, Student, Teacher
 from opd.errors import ModelError
+from opd.models import quantisation
+from opd.models.adapter_folder import AdapterFolder, adapter_folder
+from opd.models.adapters import add_adapter, merge_folder, plan_adapter, require_peft
 from opd.models.causal import CausalLM
+from opd.models.targets import Targets
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,9 +45,22 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def load_student(spec: Student, vocab_size: int) -> CausalLM:
-    """The trained model: float32 parameters, products in the spec's dtype."""
+    """The trained model: float32 parameters, products in the spec's dtype.
+
+    With an adapter, the model is frozen and stored in the spec's dtype or in the bits it asks for; the adapter's own
+    parameters are float32, and drawn from torch's global generator.
+    """
     device = pick_device(spec.device)
-    loaded = _load(spec, role="student", vocab_size=vocab_size, parameter_dtype=torch.float32, device=device)
+    if spec.lora is None:
+        loaded = _load(spec, role="student", vocab_size=vocab_size, parameter_dtype=torch.float32, device=device)
+    else:
+        _check_adapter_on_adapter(spec)
+        dtype = pick_dtype(spec.dtype, device)
+        quantised = spec.quantisation
+        loaded = _load(
+            spec, role="student", vocab_size=vocab_size, parameter_dtype=dtype, device=device, bits=quantised
+        )
+        add_adapter(loaded, spec.lora, base=spec.model, revision=spec.revision)
     if spec.gradient_checkpointing:
         # The older name is the only one in the lowest transformers we accept; both default to use_reentrant=False.
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -66,18 +83,50 @@ def load_frozen(spec: Model, vocab_size: int, *, role: str) -> CausalLM:
         vocab_size=vocab_size,
         parameter_dtype=dtype,
         device=device,
-        quantisation=_quantisation(spec, dtype) if isinstance(spec, Teacher) else None,
+        bits=spec.quantisation if isinstance(spec, Teacher) else "none",
     )
     loaded.module.requires_grad_(False)
     return loaded
 
 
 def check_loadable(spec: Model, role: str) -> None:
-    """Raises ModelError for what is known without reading weights: folder, config, device, quantisation."""
+    """Raises ModelError for what is known without reading weights: folder, config, device, quantisation, adapters."""
     pick_device(spec.device, role)
     _read_config(spec, role)
-    if isinstance(spec, Teacher) and spec.quantisation != "none":
-        _quantisation(spec, torch.float32)
+    adapted = adapter_folder(spec.model, role)
+    if adapted is not None:
+        require_peft(role)
+    if isinstance(spec, Student | Teacher) and spec.quantisation != "none":
+        quantisation.settings(spec.quantisation, torch.float32, role)
+        if isinstance(spec, Teacher) and adapted is not None:
+            raise _quantised_merge(spec, role)
+    if isinstance(spec, Student) and spec.lora is not None:
+        adapter_targets(spec, role)
+
+
+def adapter_targets(spec: Student, role: str = "student") -> Targets:
+    """Which layers the student's adapter stands beside, by its config alone. Raises ModelError."""
+    from transformers import AutoModelForCausalLM
+
+    assert spec.lora is not None
+    config = _read_config(spec, role)
+    try:
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+    except Exception as e:
+        raise _explained(e, spec, role) from e
+    return plan_adapter(module, spec.lora, role=role)
+
+
+def tokenizer_source(spec: Model) -> tuple[str, str | None]:
+    """Folder or hub name and revision of a model's tokenizer: the one that is named, else the one beside the weights;
+    of an adapter that has none, its base's."""
+    if spec.tokenizer:
+        return spec.tokenizer, None
+    adapted = adapter_folder(spec.model, "model")
+    if adapted is None or adapted.has_tokenizer:
+        return spec.model, spec.revision
+    return adapted.base, adapted.revision
 
 
 def saved_dtype(spec: Model) -> torch.dtype:
@@ -95,8 +144,11 @@ def generation_end_ids(spec: Model, role: str) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
     config = _read_config(spec, role)
+    source, revision, adapted = _weights(spec, role)
+    if adapted is not None and (adapted.path / "generation_config.json").is_file():
+        source, revision = str(adapted.path), None
     try:
-        named = GenerationConfig.from_pretrained(_source(spec), **_revision(spec)).eos_token_id
+        named = GenerationConfig.from_pretrained(source, **_revision(revision)).eos_token_id
     except OSError:  # no generation_config.json beside the weights
         named = getattr(config, "eos_token_id", None)
     if named is None:
@@ -111,23 +163,27 @@ def _load(
     vocab_size: int,
     parameter_dtype: torch.dtype,
     device: torch.device,
-    quantisation: Any = None,
+    bits: Quantisation = "none",
 ) -> CausalLM:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     config = _read_config(spec, role)
+    source, revision, adapted = _weights(spec, role)
     options: dict[str, Any] = {}
     if spec.attention != "auto":
         options["attn_implementation"] = spec.attention
-    if quantisation is not None:
-        options |= {"quantization_config": quantisation, "device_map": {"": str(device)}}
+    if bits != "none":
+        if adapted is not None:
+            raise _quantised_merge(spec, role)
+        asked = quantisation.settings(bits, parameter_dtype, role)
+        options |= {"quantization_config": asked, "device_map": {"": str(device)}}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            _source(spec),
+            source,
             config=config,
-            revision=spec.revision,
+            revision=revision,
             trust_remote_code=spec.trust_remote_code,
             dtype=parameter_dtype,
             use_safetensors=True,
@@ -143,8 +199,17 @@ def _load(
             f"{role}.model: {spec.model!r} is not a whole {type(module).__name__}: {len(absent)} of its weights are "
             f"not in the checkpoint or have another shape, the first {absent[0]}. They would be random numbers."
         )
-    if quantisation is None:
-        module.to(device)  # pyright: ignore[reportArgumentType]
+    if adapted is not None:
+        try:
+            module = merge_folder(module, adapted.path, role)
+        except Exception as e:
+            raise ModelError(
+                f"{role}.model: the adapter in {spec.model!r} does not fit its base {source!r}: {_first_line(e)}"
+            ) from e
+    if bits != "none":
+        quantisation.settle(module, bits, role)
+    else:
+        module.to(device)
     module.eval()
     return CausalLM(
         module, vocab_size=vocab_size, compute_dtype=pick_dtype(spec.dtype, device), name=f"{role} {spec.model}"
@@ -154,21 +219,38 @@ def _load(
 def _read_config(spec: Model, role: str) -> Any:
     from transformers import AutoConfig
 
-    _require_folder(spec.model, role)
+    source, revision, _ = _weights(spec, role)
     try:
-        return AutoConfig.from_pretrained(
-            _source(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=spec.trust_remote_code)
     except Exception as e:
         raise _explained(e, spec, role) from e
 
 
-def _source(spec: Model) -> str:
-    return os.path.expanduser(spec.model)
+def _weights(spec: Model, role: str) -> tuple[str, str | None, AdapterFolder | None]:
+    """Where the weights are, at which revision, and the adapter that has to be merged into them."""
+    adapted = adapter_folder(spec.model, role)
+    source, revision = (spec.model, spec.revision) if adapted is None else (adapted.base, adapted.revision)
+    _require_folder(source, role)
+    return os.path.expanduser(source), revision, adapted
 
 
-def _revision(spec: Model) -> dict[str, Any]:
-    return {} if spec.revision is None else {"revision": spec.revision}
+def _revision(revision: str | None) -> dict[str, Any]:
+    return {} if revision is None else {"revision": revision}
+
+
+def _check_adapter_on_adapter(spec: Student) -> None:
+    if spec.lora is not None and spec.lora.save == "adapter" and adapter_folder(spec.model, "student") is not None:
+        raise ModelError(
+            f"student.lora.save: {spec.model!r} is an adapter itself, which is merged before the new one is trained; "
+            "no folder would hold the model that the new one belongs to. Use save: merged."
+        )
+
+
+def _quantised_merge(spec: Model, role: str) -> ModelError:
+    return ModelError(
+        f"{role}.quantisation: {spec.model!r} is an adapter, and merging it into weights of few bits would round it "
+        f"away. Use {role}.quantisation: none, or give a folder with the merged model."
+    )
 
 
 def _require_folder(source: str, role: str) -> None:
@@ -179,8 +261,8 @@ def _require_folder(source: str, role: str) -> None:
         raise ModelError(f"{role}.model: there is no folder {source!r} (seen from {Path.cwd().name}/)")
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(
-            f"{role}.model: {source!r} is an adapter (LoRA), not a model. Merge it into its base first, with peft's "
-            "merge_and_unload, and give the merged folder."
+            f"{role}.model: {source!r} is an adapter (LoRA), and another adapter names it as its base. Merge it into "
+            "its own base first, with peft's merge_and_unload, and name the merged folder."
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{role}.model: the folder {source!r} has no config.json; is it a transformers checkpoint?")
@@ -206,21 +288,8 @@ def _explained(error: Exception, spec: Model, role: str) -> ModelError:
             f"{where} brings its own code, which opd does not run unasked. Read it, then set "
             f"{role}.trust_remote_code=true."
         )
-    first = (str(error).strip() or repr(error)).splitlines()[0][:300]
-    return ModelError(f"{where} cannot be loaded: {first}")
+    return ModelError(f"{where} cannot be loaded: {_first_line(error)}")
 
 
-def _quantisation(spec: Teacher, dtype: torch.dtype) -> Any:
-    if spec.quantisation == "none":
-        return None
-    try:
-        import bitsandbytes  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as e:
-        raise ModelError(
-            f"teacher.quantisation: {spec.quantisation} needs bitsandbytes: pip install 'opd[quantisation]'"
-        ) from e
-    from transformers import BitsAndBytesConfig
-
-    if spec.quantisation == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]

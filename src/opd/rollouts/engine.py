@@ -128,7 +128,7 @@ class EmbeddedEngine:
         return GenericDecoder(self._model, joins=self._joins)
 
     def _lean_works(self, *, required: bool) -> bool:
-        name = type(self._model.module).__name__
+        name = self._model.architecture.__name__
         reason = unsupported(self._model)
         if reason is None:
             worst = disagreement(LeanDecoder(self._model, slots=3, capacity=_PROBE + 2), self._model)
@@ -148,7 +148,7 @@ class EmbeddedEngine:
         worst = disagreement(decoder, self._model)
         if worst > _TOLERANCE[self._model.compute_dtype]:
             warnings.warn(
-                f"{type(self._model.module).__name__} writes answers to prompts of one length at a time: with mixed "
+                f"{self._model.architecture.__name__} writes answers to prompts of one length at a time: with mixed "
                 f"lengths its logits differ from those of single prompts by {worst:.2g} of the largest logit",
                 RuntimeWarning,
                 stacklevel=3,

@@ -59,7 +59,7 @@ class GenericDecoder:
         takes = inspect.signature(model.module.forward).parameters
         if "past_key_values" not in takes:
             raise ModelError(
-                f"{type(model.module).__name__} takes no `past_key_values`: opd cannot "
+                f"{model.architecture.__name__} takes no `past_key_values`: opd cannot "
                 "write answers with it token by token"
             )
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opd.models.adapters import LowRank
 from opd.models.causal import CausalLM
 from opd.objectives.head import head_logits
 from opd.types import Head
@@ -39,15 +40,22 @@ _PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 
 
 class Linear:
-    """x @ weight.T + bias in the dtype of the weight.
+    """x @ weight.T + bias in the dtype of the weight; and + x @ A.T @ B.T, where `low_rank` = A [R, in], B [out, R].
+
+    In float32 the product B A is added to the weight, once. In 16 bits it is not: the sum would be rounded to the
+    weight's own steps, in which the first updates of an adapter vanish, and the sampler would not be the student that
+    is trained.
 
     On a CPU in float32 the weight is packed for oneDNN, torch's other matrix library: the same product, at about twice
     the speed of the default one on AMD processors and no slower elsewhere. Packing is worth it because a weight is used
     for many tokens before it changes; it is a copy.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> None:
+        if low_rank is not None and weight.dtype == torch.float32:
+            weight, low_rank = weight + low_rank[1] @ low_rank[0], None
         self._weight, self._bias = weight, bias
+        self._low_rank = None if low_rank is None else tuple(matrix.to(weight.dtype) for matrix in low_rank)
         self._packed: Tensor | None = None
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and _PACKS:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
@@ -55,7 +63,12 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return F.linear(x.to(self._weight.dtype), self._weight, self._bias)
+        x = x.to(self._weight.dtype)
+        product = F.linear(x, self._weight, self._bias)
+        if self._low_rank is not None:
+            a_RI, b_OR = self._low_rank
+            product = product + F.linear(F.linear(x, a_RI), b_OR)
+        return product
 
 
 @dataclass(frozen=True)
@@ -118,8 +131,8 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj"
 def unsupported(model: CausalLM) -> str | None:
     """Why the lean decoder cannot run this model; None when it can."""
     module, config = model.module, model.config
-    name = type(module).__name__
-    if name not in _NORMS or not type(module).__module__.startswith("transformers.models."):
+    name = model.architecture.__name__
+    if name not in _NORMS or not model.architecture.__module__.startswith("transformers.models."):
         return f"the architecture {name} is not one of {', '.join(sorted(_NORMS))}"
     ropes = config.rope_parameters
     ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if rope is not None]
@@ -133,10 +146,10 @@ def unsupported(model: CausalLM) -> str | None:
     for index, layer in enumerate(module.model.layers):
         for part, names in zip((layer.self_attn, layer.mlp), _PROJECTIONS, strict=True):
             for projection in names:
-                linear = getattr(part, projection)
+                linear, _ = model.linear_parts(getattr(part, projection))
                 if type(linear) is not nn.Linear:
                     kind = f"{type(linear).__module__}.{type(linear).__name__}"
-                    return f"{projection} of layer {index} is a {kind} (quantised, or with an adapter)"
+                    return f"{projection} of layer {index} is a {kind} (quantised, or of a kind unknown here)"
     devices = {parameter.device for parameter in module.parameters()}
     if len(devices) > 1 or torch.device("meta") in devices:
         return f"its weights are on several devices or offloaded: {', '.join(sorted(map(str, devices)))}"
@@ -144,11 +157,11 @@ def unsupported(model: CausalLM) -> str | None:
 
 
 def gather(model: CausalLM) -> LeanWeights:
-    """The module's current weights. Query, key and value are fused, and gate and up; the rest is referenced where it is
-    in the compute dtype already."""
+    """The module's current weights, its adapter included. Query, key and value are fused, and gate and up; the rest
+    is referenced where it is in the compute dtype already."""
     body, config, dtype = model.module.model, model.config, model.compute_dtype
     attention = body.layers[0].self_attn
-    norms = _NORMS[type(model.module).__name__]
+    norms = _NORMS[model.architecture.__name__]
     layers = []
     for layer in body.layers:
         attn, mlp = layer.self_attn, layer.mlp
@@ -158,10 +171,10 @@ def gather(model: CausalLM) -> LeanWeights:
                 **{name: _norm(getattr(layer, norms[name])) if name in norms else None for name in _SANDWICH},
                 query_norm=_norm(attn.q_norm) if hasattr(attn, "q_norm") else None,
                 key_norm=_norm(attn.k_norm) if hasattr(attn, "k_norm") else None,
-                qkv=_fused(dtype, attn.q_proj, attn.k_proj, attn.v_proj),
-                out=_fused(dtype, attn.o_proj),
-                gate_up=_fused(dtype, mlp.gate_proj, mlp.up_proj),
-                down=_fused(dtype, mlp.down_proj),
+                qkv=_fused(model, attn.q_proj, attn.k_proj, attn.v_proj),
+                out=_fused(model, attn.o_proj),
+                gate_up=_fused(model, mlp.gate_proj, mlp.up_proj),
+                down=_fused(model, mlp.down_proj),
                 activation=mlp.act_fn,
                 scale=attn.scaling,
                 window=_window(attn, config),
@@ -202,10 +215,25 @@ def _norm(norm: Any) -> Norm:
     return Norm(weight, norm.variance_epsilon)
 
 
-def _fused(dtype: torch.dtype, *linears: nn.Linear) -> Linear:
+def _fused(model: CausalLM, *layers: Any) -> Linear:
     """One projection that gives the outputs of several, side by side."""
-    weights = [linear.weight.detach().to(dtype) for linear in linears]
-    biases = [linear.bias.detach().to(dtype) for linear in linears if linear.bias is not None]
-    if len(linears) == 1:
-        return Linear(weights[0], biases[0] if biases else None)
-    return Linear(torch.cat(weights), torch.cat(biases) if biases else None)
+    parts = [model.linear_parts(layer) for layer in layers]
+    weights = [linear.weight.detach().to(model.compute_dtype) for linear, _ in parts]
+    biases = [linear.bias.detach().to(model.compute_dtype) for linear, _ in parts if linear.bias is not None]
+    low_rank = _side_by_side([(low, len(weight)) for (_, low), weight in zip(parts, weights, strict=True)])
+    if len(layers) == 1:
+        return Linear(weights[0], biases[0] if biases else None, low_rank)
+    return Linear(torch.cat(weights), torch.cat(biases) if biases else None, low_rank)
+
+
+def _side_by_side(parts: list[tuple[LowRank | None, int]]) -> LowRank | None:
+    """Adapters of layers with the same input, as one: A stacked, B a block per layer, with zeros between.
+
+    Each part comes with the width of its layer's output.
+    """
+    present = [(low, width) for low, width in parts if low is not None]
+    if not present:
+        return None
+    like = present[0][0][1]
+    blocks = [like.new_zeros(width, 0) if low is None else low[1] for low, width in parts]
+    return torch.cat([low[0] for low, _ in present]), torch.block_diag(*blocks)

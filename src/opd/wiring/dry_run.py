@@ -6,10 +6,10 @@ import torch
 from rich.console import Console
 
 from opd.config.objective import Term
-from opd.config.schema import Config, Model
+from opd.config.schema import Config, Model, Student, Teacher
 from opd.costs.memory import available_memory, training_memory
 from opd.journal.folder import check as check_folder
-from opd.models.loading import pick_device, pick_dtype, read_config
+from opd.models.loading import adapter_targets, pick_device, pick_dtype, read_config
 from opd.prompts.mixture import PromptStream
 from opd.reports.figures import count, counted
 from opd.reports.progress import say
@@ -39,7 +39,11 @@ def dry_run(config: Config, console: Console | None = None) -> None:
     finally:
         for task in tasks:
             task.grader.close()
-    check_folder(config.run.folder, overwrite=config.run.overwrite, config=config.model_dump(mode="json"))
+    check_folder(
+        config.run.folder,
+        existing="refuse" if config.run.existing == "ask" else config.run.existing,
+        config=config.model_dump(mode="json"),
+    )
     sections = [
         ("models", _models(config)),
         ("text", _texts(texts)),
@@ -68,12 +72,27 @@ def _models(config: Config) -> list[str]:
         device = pick_device(spec.device)
         size = config_size(spec, role)
         architecture = (read_config(spec, role).architectures or ["?"])[0]
-        compute = str(pick_dtype(spec.dtype, device)).removeprefix("torch.")
-        stored = "float32 weights" if role == "student" else f"{compute} weights"
+        if isinstance(spec, Teacher) and spec.adapter_off:
+            lines.append(f"{role}  the student with its adapter off: no weights of its own")
+            continue
         lines.append(
             f"{role}  {spec.model}  {architecture}, about {count(size.parameters)} parameters, "
-            f"{stored}, {compute} compute, on {device}"
+            f"{_stored(spec)} weights, {_dtype(spec)} compute, on {device}"
         )
+    return lines if config.student.lora is None else [*lines, *_adapter(config.student, config.student.lora.rank)]
+
+
+def _adapter(student: Student, rank: int) -> list[str]:
+    targets = adapter_targets(student)
+    kinds = sorted({name.rpartition(".")[2] for name in (*targets.layers, *targets.experts)})
+    layers = counted(len(targets.layers) + len(targets.experts), "layer")
+    lines = [
+        f"adapter  LoRA of rank {rank}, {count(targets.parameters(rank))} float32 parameters beside {layers}: "
+        f"{', '.join(kinds)}"
+    ]
+    if targets.without:
+        without = sorted({".".join(name.split(".")[-2:]) for name in targets.without})
+        lines.append(f"adapter  none beside {', '.join(without)}: peft cannot reach them")
     return lines
 
 
@@ -127,20 +146,19 @@ def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
     """What the student's device must hold, and what it has."""
     student, teacher = config.student, config.teacher
     device = pick_device(student.device)
-    together = teacher is not None and pick_device(teacher.device) == device
-    teacher_dtype = "float32"
-    if teacher is not None:
-        teacher_dtype = _dtype(teacher) if teacher.quantisation == "none" else teacher.quantisation
+    together = teacher is not None and not teacher.adapter_off and pick_device(teacher.device) == device
     parts = training_memory(
         config_size(student, "student"),
         config_size(teacher, "teacher") if teacher is not None and together else None,
         student_dtype=_dtype(student),
-        teacher_dtype=teacher_dtype,
+        teacher_dtype="float32" if teacher is None else _stored(teacher),
         tokens_per_micro_batch=config.learner.tokens_per_micro_batch,
         chunk_tokens=config.learner.chunk_tokens,
         slots=min(config.engine.slots, config.prompts.per_step * config.sampling.samples_per_prompt),
         max_len=prompts.longest + config.sampling.max_tokens,
         gradient_checkpointing=student.gradient_checkpointing,
+        adapter=None if student.lora is None else adapter_targets(student).parameters(student.lora.rank),
+        student_weights=_stored(student),
     )
     if device.type == "cuda":
         available: int | None = torch.cuda.mem_get_info(device)[0]
@@ -151,9 +169,16 @@ def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
         say(
             console,
             "lower learner.tokens_per_micro_batch, engine.slots or sampling.max_tokens, set "
-            "student.gradient_checkpointing=true, or teacher.offload=cpu",
+            "student.gradient_checkpointing=true or teacher.offload=cpu, or train an adapter (student.lora={})",
             "yellow",
         )
+
+
+def _stored(spec: Student | Teacher) -> str:
+    """What the weights are kept in: what is trained in float32, what is only read in fewer bits."""
+    if isinstance(spec, Student) and spec.lora is None:
+        return "float32"
+    return _dtype(spec) if spec.quantisation == "none" else spec.quantisation
 
 
 def _dtype(spec: Model) -> str:
