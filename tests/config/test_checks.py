@@ -126,10 +126,6 @@ def test_weights_of_drawn_tokens_do_nothing_on_a_full_support(tmp_path, option):
             BASE + TASK + "objective: {preset: sft, teacher_temperature: 2}\n",
             "objective.teacher_temperature: nothing reads it",
         ),
-        (
-            BASE.replace("big", "big, device: cpu, quantisation: int8"),
-            "teacher.quantisation: quantised weights need CUDA",
-        ),
         (BASE.replace("big", "big, device: cpu, offload: cpu"), "teacher.offload: nothing reads it"),
     ],
 )
@@ -139,6 +135,55 @@ def test_teachers_that_are_missing_or_idle(tmp_path, text, said):
 
 def test_a_teacher_may_be_there_for_the_evals_alone(tmp_path):
     load(tmp_path, BASE + TASK + "objective: {preset: sft}\n")
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantised_models_run_on_the_cpu_too(tmp_path, bits):
+    load(tmp_path, BASE.replace("big", f"big, device: cpu, quantisation: {bits}"))
+    load(tmp_path, BASE.replace("small", f"small, device: cpu, quantisation: {bits}, lora: {{rank: 4}}"))
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------------
+
+SHARED = BASE.replace("small", "small, revision: v1, lora: {}").replace("big", "small, revision: v1, adapter_off: true")
+
+
+def test_a_teacher_that_is_the_student_with_its_adapter_off_is_fine(tmp_path):
+    load(tmp_path, SHARED, "teacher.format.system_prompt=Think.", "student.quantisation=int4")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["student.lora=null"], "teacher.adapter_off: the student has no adapter to turn off"),
+        (
+            ["teacher.model=big"],
+            "teacher.model: teacher.adapter_off takes the student's own weights, and student.model",
+        ),
+        (["teacher.revision=null"], "teacher.revision: teacher.adapter_off takes the student's own weights"),
+        (["teacher.dtype=float32"], "teacher.dtype: nothing reads it: teacher.adapter_off takes the student's own"),
+        (["teacher.device=cpu"], "teacher.device: nothing reads it: teacher.adapter_off"),
+        (["teacher.device=cpu", "teacher.offload=cpu"], "2 problems"),
+        (["teacher.offload=cpu"], "teacher.offload: nothing reads it: teacher.adapter_off"),
+        (["teacher.attention=eager"], "teacher.attention: nothing reads it: teacher.adapter_off"),
+        (["teacher.quantisation=int8"], "teacher.quantisation: nothing reads it: teacher.adapter_off"),
+    ],
+)
+def test_a_teacher_without_weights_of_its_own_has_no_say_about_them(tmp_path, overrides, said):
+    assert refused(tmp_path, SHARED, *overrides).startswith(said)
+
+
+def test_quantised_weights_need_an_adapter(tmp_path):
+    error = refused(tmp_path, BASE.replace("small", "small, quantisation: int4"))
+    assert error.startswith("student.quantisation: quantised weights are frozen") and "student.lora: {}" in error
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_W_02_merging_into_quantised_weights_is_refused(tmp_path, bits):
+    text = BASE.replace("small", f"small, quantisation: {bits}, lora: {{save: merged}}")
+    assert refused(tmp_path, text).startswith(f"student.lora.save: merging into weights of {bits} would round")
+    for save in ("auto", "adapter"):
+        load(tmp_path, text.replace("merged", save))
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------

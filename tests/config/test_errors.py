@@ -41,7 +41,7 @@ from tests.config.recipes import BASE, PROMPTS, STUDENT, TASK, TEACHER, refused
         ("optim: 3\n", ["optim: this value does not fit", "allowed: a section with the options lr, betas"]),
         ("run: {steps: 10.5}\n", ["given: 10.5", "allowed: a whole number at least 1"]),
         ("run: {threads: 0}\n", ["allowed: a whole number at least 1 and at most 4096, or null"]),
-        ("run: {overwrite: no}\n", ['given: "no"', "allowed: true or false"]),
+        ("prompts: {shuffle: no}\n", ['given: "no"', "allowed: true or false"]),
         ("run: {folder: 7}\n", ["run.folder: this is text: put it in quotes", "given: 7 (recipe.yaml:6)"]),
         ("evals: {confidence: 1}\n", ["allowed: a number greater than 0 and less than 1"]),
         (

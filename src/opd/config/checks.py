@@ -18,8 +18,9 @@ from opd.config.naming import source_name
 from opd.config.objective import ForwardKL, Objective, Spec, Term
 from opd.config.presets import PRESETS, Preset, expand
 from opd.config.problems import Problem, config_error, shown
-from opd.config.schema import Config, InlineSource, ReasoningGymSource, Source
+from opd.config.schema import Config, InlineSource, ReasoningGymSource, Source, Student, Teacher
 from opd.config.schema_walk import KeyPath, as_path, dotted, nearest_word
+from opd.config.watching import blind
 from opd.errors import ConfigError
 
 
@@ -162,13 +163,26 @@ def teacher_rules(config: Config) -> Iterator[Problem]:
     if not needed and config.objective.teacher_temperature != 1:
         what = "nothing reads it: no term has target: teacher"
         yield Problem("objective.teacher_temperature", what, shown(config.objective.teacher_temperature), allowed="1.0")
-    if config.teacher.device == "cpu" and config.teacher.quantisation != "none":
-        what = "quantised weights need CUDA, and teacher.device is cpu"
-        allowed = "none; or teacher.device: cuda"
-        yield Problem("teacher.quantisation", what, config.teacher.quantisation, allowed=allowed)
-    if config.teacher.device == "cpu" and config.teacher.offload != "none":
+    if config.teacher.adapter_off:
+        yield from _adapter_off(config.student, config.teacher)
+    elif config.teacher.device == "cpu" and config.teacher.offload != "none":
         what = "nothing reads it: teacher.device is cpu, so the weights are in host memory already"
         yield Problem("teacher.offload", what, config.teacher.offload, allowed="none")
+
+
+def _adapter_off(student: Student, teacher: Teacher) -> Iterator[Problem]:
+    """A teacher that is the student's base: one model, so that everything about its weights is said once."""
+    if student.lora is None:
+        what = "the student has no adapter to turn off: its own weights would be its teacher"
+        yield Problem("teacher.adapter_off", what, "true", allowed="student.lora: {}; or adapter_off: false")
+    for option in ("model", "revision"):
+        ours, theirs = getattr(student, option), getattr(teacher, option)
+        if ours != theirs:
+            what = f"teacher.adapter_off takes the student's own weights, and student.{option} is {shown(ours)}"
+            yield Problem(f"teacher.{option}", what, shown(theirs), allowed="the same; or adapter_off: false")
+    for option, value in _changed(teacher, "dtype", "device", "attention", "quantisation", "offload"):
+        what = "nothing reads it: teacher.adapter_off takes the student's own weights, as they are and where they are"
+        yield Problem(f"teacher.{option}", what, shown(value), allowed="leave it out; or adapter_off: false")
 
 
 def sampling_rules(config: Config) -> Iterator[Problem]:
@@ -252,6 +266,13 @@ def student_rules(config: Config) -> Iterator[Problem]:
     if config.student.dtype == "float16":
         what = "gradients of a mean over many tokens are below what float16 can hold, and nothing scales the loss"
         yield Problem("student.dtype", what, "float16", allowed="bfloat16 or float32")
+    lora, bits = config.student.lora, config.student.quantisation
+    if bits != "none" and lora is None:
+        what = "quantised weights are frozen, so there would be nothing to train"
+        yield Problem("student.quantisation", what, bits, allowed="none; or student.lora: {}")
+    if bits != "none" and lora is not None and lora.save == "merged":
+        what = f"merging into weights of {bits} would round the adapter to their few steps"
+        yield Problem("student.lora.save", what, "merged", allowed="auto or adapter")
 
 
 def optim_rules(config: Config) -> Iterator[Problem]:
@@ -266,7 +287,40 @@ def optim_rules(config: Config) -> Iterator[Problem]:
         yield Problem("optim.warmup_steps", what, shown(optim.warmup_steps), allowed=f"at most {steps}")
 
 
-RULES = (term_rules, student_rules, teacher_rules, sampling_rules, eval_rules, source_rules, format_rules, optim_rules)
+def guard_rules(config: Config) -> Iterator[Problem]:
+    """Guards that see something, and thresholds that can be met."""
+    guards, blinded = config.guards, blind(config)
+    for name, guard in ((name, getattr(guards, name)) for name in type(guards).model_fields if name != "window"):
+        why = f"guards.{name}.action is off" if guard.action == "off" else blinded.get(name)
+        options = [option for option in type(guard).model_fields if guard.action != "off" or option != "action"]
+        for option, value in _changed(guard, *options) if why else ():
+            what = f"nothing reads it: {why}"
+            yield Problem(f"guards.{name}.{option}", what, shown(value), allowed="leave it out")
+    if guards.kl_rising.action != "off" and guards.kl_rising.steps < 2 * guards.window:
+        what = f"their end and their beginning overlap: guards.window is {guards.window}"
+        allowed = f"at least {2 * guards.window}, or a smaller guards.window"
+        yield Problem("guards.kl_rising.steps", what, shown(guards.kl_rising.steps), allowed=allowed)
+
+
+def tracking_rules(config: Config) -> Iterator[Problem]:
+    if config.tracking.kind in ("none", "tensorboard"):
+        for option, value in _changed(config.tracking, "project", "name"):
+            what = f"nothing reads it: tracking.kind is {config.tracking.kind}"
+            yield Problem(f"tracking.{option}", what, shown(value), allowed="leave it out; or kind: trackio or wandb")
+
+
+RULES = (
+    term_rules,
+    student_rules,
+    teacher_rules,
+    sampling_rules,
+    eval_rules,
+    source_rules,
+    format_rules,
+    optim_rules,
+    guard_rules,
+    tracking_rules,
+)
 
 
 # ---- what runs at a price ----------------------------------------------------------------------------------------

@@ -27,7 +27,14 @@ COMMAND_LINE = "command line"
 ARGUMENTS = "arguments"
 
 # Options that say where and how a run is shown, and change nothing that it computes.
-NOT_IN_HASH = ("run.folder", "run.log_every", "run.overwrite")
+NOT_IN_HASH = ("run.folder", "run.log_every", "run.existing", "checkpoints", "views", "tracking")
+# Options that may change when a run goes on: what was done before stays valid. Sections end with a dot.
+CHANGEABLE = (
+    *("run.folder", "run.existing", "run.log_every", "run.steps", "run.threads", "optim.lr", "optim.clip_norm"),
+    *("optim.final_lr_fraction", "learner.tokens_per_micro_batch", "learner.chunk_tokens", "learner.max_bad_steps"),
+    *("evals.every", "evals.workers", "checkpoints.", "views.", "guards.", "tracking.", "engine."),
+    *("student.device", "student.gradient_checkpointing", "teacher.device", "teacher.offload"),
+)
 
 
 @dataclass(frozen=True)
@@ -98,10 +105,22 @@ def config_hash(config: Config) -> str:
     """12 hex digits that are equal for runs that compute the same thing; see NOT_IN_HASH for what is left out."""
     data = resolved(config)
     for path in NOT_IN_HASH:
-        section, name = path.split(".")
-        del data[section][name]
+        section, _, name = path.partition(".")
+        del (data[section] if name else data)[name or section]
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted option to (old, new) wherever two resolved configs differ; what one of them lacks is None there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*old, *new}):
+        here, before, after = f"{path}.{key}" if path else key, old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= differences(before, after, here)
+        elif before != after:
+            found[here] = (before, after)
+    return found
 
 
 def json_schema() -> dict[str, Any]:

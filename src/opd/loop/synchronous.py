@@ -9,6 +9,7 @@ from typing import Protocol
 from opd.costs.ledger import Ledger, prefill_cost, sampling_cost, scoring_cost, training_cost
 from opd.costs.size import ModelSize
 from opd.errors import TrainingDiverged
+from opd.loop.answers import answer_metrics
 from opd.protocols import EvidenceHandle, Learner, Sampler, Teacher
 from opd.types import Batch, Prompt, Resolution, Rollout, SamplingParams, ScorerRows, StepReport
 
@@ -21,7 +22,10 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Rooms:
-    """The parts that meet in the loop. `updates_per_batch`: how often the learner reads a batch, for the bill."""
+    """The parts that meet in the loop.
+
+    For the bill: `trainable` parameters where not all are; `updates_per_batch`, how often the learner reads a batch.
+    """
 
     prompts: PromptSource
     sampler: Sampler
@@ -30,6 +34,7 @@ class Rooms:
     params: SamplingParams
     student_size: ModelSize
     teacher_size: ModelSize | None
+    trainable: int | None = None
     updates_per_batch: int = 1
 
 
@@ -39,18 +44,23 @@ class Listener:
 
     on_step     (report, rollouts, numbers): `numbers` are the step's metrics ready to be written.
     on_phase    (name): a part of a step begins.
-    evaluate    called after every `every` steps, or never when that is 0.
+    look        called with the number of steps done after `on_step`, and once before the first step of this process:
+                the place for evaluations that are due.
     """
 
     on_step: Callable[[StepReport, Sequence[Rollout], dict[str, float]], None]
     on_phase: Callable[[str], None]
-    evaluate: Callable[[int], object]
-    every: int = 0
+    look: Callable[[int], object]
 
 
-def train(rooms: Rooms, *, steps: int, ledger: Ledger, listener: Listener) -> None:
-    """Runs `steps` updates. Whatever the learner, the sampler or the listener raise passes through."""
-    for step in range(steps):
+def train(rooms: Rooms, *, steps: int, ledger: Ledger, listener: Listener, first: int = 0) -> None:
+    """Runs the updates from `first` (0-based, what a resumed run has behind it) up to `steps`.
+
+    Whatever the learner, the sampler or the listener raise passes through.
+    """
+    listener.look(first)
+    rooms.sampler.load(rooms.learner.weights())  # a resumed learner is not at version 0
+    for step in range(first, steps):
         prompts_P = rooms.prompts.batch(step)
         listener.on_phase("rollout")
         with ledger.seconds("rollout"):
@@ -66,23 +76,10 @@ def train(rooms: Rooms, *, steps: int, ledger: Ledger, listener: Listener) -> No
         with ledger.seconds("sync"):
             rooms.sampler.load(rooms.learner.weights())
         _bill(rooms, rollouts_N, ledger)
-        listener.on_step(report, rollouts_N, {**report.metrics, **rollout_metrics(rollouts_N)})
+        listener.on_step(report, rollouts_N, {**report.metrics, **answer_metrics(rollouts_N, report.scores)})
         if diverged is not None:
             raise diverged
-        if listener.every and report.step % listener.every == 0 and report.step < steps:
-            listener.evaluate(report.step)
-
-
-def rollout_metrics(rollouts_N: Sequence[Rollout]) -> dict[str, float]:
-    """Facts about the answers: mean and largest length in tokens, share that was cut off at the limit."""
-    lengths = [len(r.response_ids) for r in rollouts_N]
-    return {
-        "rollouts": float(len(rollouts_N)),
-        "response_tokens": float(sum(lengths)),
-        "response_length": sum(lengths) / len(lengths),
-        "response_length_max": float(max(lengths)),
-        "truncated": sum(r.finish_reason == "length" for r in rollouts_N) / len(rollouts_N),
-    }
+        listener.look(report.step)
 
 
 def _bill(rooms: Rooms, rollouts_N: Sequence[Rollout], ledger: Ledger) -> None:
@@ -94,7 +91,7 @@ def _bill(rooms: Rooms, rollouts_N: Sequence[Rollout], ledger: Ledger) -> None:
     for _ in range(rooms.updates_per_batch):  # evidence is pulled anew by every update
         if rooms.teacher_size is not None:
             ledger.add_cost("teacher_scoring", scoring_cost(rollouts_N, rooms.teacher_size))
-        ledger.add_cost("student_training", training_cost(rollouts_N, rooms.student_size))
+        ledger.add_cost("student_training", training_cost(rollouts_N, rooms.student_size, rooms.trainable))
 
 
 @dataclass(frozen=True)

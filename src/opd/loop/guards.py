@@ -1,0 +1,305 @@
+"""Guards: signs in a run's metrics that it goes wrong.
+
+A guard is a function of the lines of `metrics.jsonl` up to a step. It keeps nothing, so that a resumed run goes on
+exactly. It reads the first `window` lines as what the run was like, and no more than the last `2 * window`, `window +
+kl_rising.steps` or `window + changed_teacher.every` as what it is like now. The two stretches never overlap, so guards
+that compare them are silent for the first `2 * window` steps.
+
+A guard speaks up when its sign is there and was not at any of the `window` steps before: once when it comes, and again
+only after it has been away for that long. A number that flickers around a threshold is told once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opd.config.schema import (
+    ChangedTeacher,
+    Config,
+    EndSlide,
+    EntropyCollapse,
+    Guard,
+    KLRising,
+    LengthBlowup,
+    PolicyGap,
+    Repetition,
+    Truncation,
+    UniformTeacher,
+)
+from opd.config.schema import Guards as Spec
+from opd.config.watching import blind
+from opd.loop.trends import Change, change, rises
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a guard says, once.
+
+    guard     its name in the config.
+    action    what the config asks for.
+    message   what was seen, against what, and what to try next; one line.
+    facts     the numbers in it.
+    """
+
+    guard: str
+    action: Literal["warn", "stop"]
+    message: str
+    facts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a guard sees at one step."""
+
+    message: str
+    facts: dict[str, float]
+
+
+class Guards:
+    """All guards of a run.
+
+    vocab_size   tokens that the teacher's distribution is over.
+    max_tokens   the limit of an answer's length.
+    blind        guards that have nothing to look at; `opd.config.watching` says which.
+    """
+
+    def __init__(self, spec: Spec, *, vocab_size: int, max_tokens: int, blind: Collection[str] = ()) -> None:
+        self._spec = spec
+        self._limits = Limits(vocab_size=vocab_size, max_tokens=max_tokens)
+        self._watching: list[tuple[str, Guard]] = [
+            (name, guard) for name in GUARDS if _is_on(guard := getattr(spec, name)) and name not in blind
+        ]
+
+    def look(self, history: Sequence[Line]) -> list[Alarm]:
+        """Alarms of the newest line. `history`: all lines of `metrics.jsonl` so far, oldest first; nulls and NaN, and
+        missing or additional keys do no harm."""
+        alarms = []
+        for name, guard in self._watching:
+            sign = self._sign(name, guard, history, len(history))
+            if sign is None:
+                continue
+            before = range(len(history) - 1, len(history) - 1 - self._spec.window, -1)
+            if any(self._sign(name, guard, history, end) for end in before if end > 0):
+                continue
+            alarms.append(_alarm(name, guard, sign))
+        return alarms
+
+    def _sign(self, name: str, guard: Guard, history: Sequence[Line], end: int) -> Sign | None:
+        return GUARDS[name](guard, Lines(history, end, self._spec.window), self._limits)
+
+
+def _is_on(guard: Guard) -> bool:
+    return guard.action != "off"
+
+
+def _alarm(name: str, guard: Guard, sign: Sign) -> Alarm:
+    assert guard.action != "off"
+    return Alarm(name, guard.action, f"{name}: {sign.message}", sign.facts)
+
+
+def guards_for(config: Config, vocab_size: int) -> Guards:
+    """The guards of a checked config."""
+    return Guards(
+        config.guards, vocab_size=vocab_size, max_tokens=config.sampling.max_tokens, blind=blind(config).keys()
+    )
+
+
+# ---- what a guard reads ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    vocab_size: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The first `end` lines of a run: what its metrics were like in the beginning and are like now."""
+
+    history: Sequence[Line]
+    end: int
+    window: int
+
+    def last(self, key: str, steps: int, skip: int = 0) -> NDArray[np.float64]:
+        """float64 [steps]: the last `steps` values but for the last `skip`; NaN where there is none. Shorter when the
+        run is."""
+        stop = max(self.end - skip, 0)
+        return _column(self.history[max(stop - steps, 0) : stop], key)
+
+    def change(self, key: str) -> Change | None:
+        """From the first window to the last one; None while they overlap, or where the number is missing."""
+        if self.end < 2 * self.window:
+            return None
+        return change(_column(self.history[: self.window], key), self.last(key, self.window))
+
+
+def _column(lines: Sequence[Line], key: str) -> NDArray[np.float64]:
+    values = [line.get(key) for line in lines]
+    return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
+
+
+# ---- the guards --------------------------------------------------------------------------------------------------
+
+
+def length_blowup(spec: LengthBlowup, lines: Lines, limits: Limits) -> Sign | None:
+    length = lines.change("response_length")
+    if length is None or not length.rose or length.after < spec.times * length.before:
+        return None
+    if length.after < spec.room * limits.max_tokens:
+        return None
+    message = (
+        f"answers have {length.after:.0f} tokens on average over the last {lines.window} steps, {length.before:.0f} "
+        f"over the first; the limit is {limits.max_tokens}. Read some in rollouts/: if they ramble or loop, lower "
+        "optim.lr; if the teacher is as long, raise sampling.max_tokens"
+    )
+    return Sign(message, {**_facts("response_length", length), "max_tokens": limits.max_tokens})
+
+
+def truncation(spec: Truncation, lines: Lines, limits: Limits) -> Sign | None:
+    cut = lines.change("truncated")
+    if cut is None or not cut.rose or cut.after < spec.share or cut.after - cut.before < spec.rise:
+        return None
+    message = (
+        f"{cut.after:.0%} of the answers are cut off at sampling.max_tokens = {limits.max_tokens} over the last "
+        f"{lines.window} steps, {cut.before:.0%} over the first. Read some in rollouts/: if they would have ended, "
+        "raise sampling.max_tokens; if not, lower optim.lr, and compare the end tokens of student and teacher "
+        "(opd train --dry-run)"
+    )
+    return Sign(message, {**_facts("truncated", cut), "max_tokens": limits.max_tokens})
+
+
+def end_slide(spec: EndSlide, lines: Lines, limits: Limits) -> Sign | None:
+    length, ended, probability = (lines.change(k) for k in ("response_length", "ended", "end_probability"))
+    if length is None or ended is None or not length.rose or length.after < spec.times * length.before:
+        return None
+    fewer = ended.fell and ended.before - ended.after >= spec.fall
+    rarer = probability is not None and probability.fell and probability.after <= spec.probability * probability.before
+    if not fewer and not rarer:
+        return None
+    facts = {**_facts("response_length", length), **_facts("ended", ended)}
+    said = f"{ended.after:.0%} of the answers end by themselves over the last {lines.window} steps"
+    said += f" ({ended.before:.0%} over the first)"
+    if probability is not None:
+        facts |= _facts("end_probability", probability)
+        said += f", end tokens that are drawn have probability {probability.after:.2f} ({probability.before:.2f})"
+    message = (
+        f"the student forgets how to end: {said}, and answers grew from {length.before:.0f} to {length.after:.0f} "
+        "tokens. Compare the end tokens of student and teacher (opd train --dry-run), lower optim.lr, or raise "
+        f"sampling.max_tokens (now {limits.max_tokens}) so that the teacher is asked about ends"
+    )
+    return Sign(message, facts)
+
+
+def repetition(spec: Repetition, lines: Lines, limits: Limits) -> Sign | None:
+    share = lines.change("repetition")
+    if share is None or not share.rose or share.after < spec.share or share.after - share.before < spec.rise:
+        return None
+    message = (
+        f"{share.after:.0%} of the tokens repeat what stands earlier in the same answer over the last {lines.window} "
+        f"steps, {share.before:.0%} over the first: answers go round in circles. Lower optim.lr or "
+        "sampling.max_tokens; a teacher that likes its own loops scores them well"
+    )
+    return Sign(message, _facts("repetition", share))
+
+
+def entropy_collapse(spec: EntropyCollapse, lines: Lines, limits: Limits) -> Sign | None:
+    entropy, kl = lines.change("entropy"), lines.change("reverse_kl")
+    if entropy is None or kl is None or not entropy.fell:
+        return None
+    if entropy.after > spec.share * entropy.before or entropy.after > spec.nats:
+        return None
+    if kl.after < spec.kl_share * kl.before:
+        return None  # sure of itself as its teacher is: what distillation is for
+    message = (
+        f"the student's entropy fell to {entropy.after:.3g} nats per token over the last {lines.window} steps from "
+        f"{entropy.before:.3g} over the first, and its reverse KL from the teacher is still {kl.after:.3g} "
+        f"({kl.before:.3g}): it got sure of itself, not closer. Lower optim.lr, or take preset forward_kl or jsd, "
+        "which keep more of the teacher's distribution"
+    )
+    return Sign(message, {**_facts("entropy", entropy), **_facts("reverse_kl", kl)})
+
+
+def kl_rising(spec: KLRising, lines: Lines, limits: Limits) -> Sign | None:
+    if lines.end < lines.window + spec.steps:  # the first steps are warm-up
+        return None
+    kl_T = lines.last("reverse_kl", spec.steps)
+    kl, loss = (
+        change(lines.last(key, spec.steps)[: lines.window], lines.last(key, lines.window))
+        for key in ("reverse_kl", "loss")
+    )
+    if kl is None or kl.after < max(spec.times * kl.before, kl.before + spec.nats) or not rises(kl_T):
+        return None
+    if loss is not None and loss.after < loss.before:
+        return None  # another divergence is minimised, and it falls
+    message = (
+        f"the reverse KL from the teacher rises: {kl.before:.3g} nats per token at the beginning of the last "
+        f"{spec.steps} steps, {kl.after:.3g} at their end. Lower optim.lr; if only long answers are worse (reverse_kl/"
+        "position in metrics.jsonl), lower sampling.max_tokens"
+    )
+    return Sign(message, _facts("reverse_kl", kl) | {"steps": spec.steps})
+
+
+def uniform_teacher(spec: UniformTeacher, lines: Lines, limits: Limits) -> Sign | None:
+    mean_T, spread_T = (lines.last(key, spec.steps) for key in ("teacher_logprob", "teacher_spread"))
+    uniform = -math.log(limits.vocab_size)
+    if len(mean_T) < spec.steps or not np.all((np.abs(mean_T - uniform) <= spec.nats) & (spread_T <= spec.nats)):
+        return None
+    mean, spread = float(mean_T.mean()), float(spread_T.mean())
+    message = (
+        f"the teacher is uniform: its log-probability of the answers' tokens is {mean:.2f} +- {spread:.2f} over the "
+        f"last {spec.steps} steps, and -log of its {limits.vocab_size} tokens is {uniform:.2f}. It knows nothing: look "
+        "whether its weights were loaded (teacher.model, teacher.revision), and at objective.teacher_temperature"
+    )
+    return Sign(message, {"teacher_logprob": mean, "teacher_spread": spread, "uniform": uniform})
+
+
+def changed_teacher(spec: ChangedTeacher, lines: Lines, limits: Limits) -> Sign | None:
+    looked_T = lines.last("teacher_fingerprint_changed", spec.every)
+    looked_T = looked_T[np.isfinite(looked_T)]
+    if not len(looked_T) or not looked_T[-1]:
+        return None
+    message = (
+        "the teacher is not the one that the run began with: its fingerprint (weights, tokenizer, template, "
+        "temperature) changed. Something writes to its weights or its files were replaced; scores before and after "
+        "cannot be compared. Fix teacher.revision and start anew"
+    )
+    return Sign(message, {})
+
+
+def policy_gap(spec: PolicyGap, lines: Lines, limits: Limits) -> Sign | None:
+    mean_T, largest_T = (lines.last(key, spec.steps) for key in ("policy_gap", "policy_gap_max"))
+    if len(mean_T) < spec.steps or not (np.all(mean_T >= spec.nats) or np.all(largest_T >= spec.largest)):
+        return None
+    mean, largest = float(mean_T.mean()), float(largest_T.mean())
+    message = (
+        f"sampler and trainer disagree about the same tokens: their log-probabilities differ by {mean:.3g} on average "
+        f"and by up to {largest:.3g} in the last {spec.steps} steps (bounds {spec.nats:g} and {spec.largest:g}). The "
+        "answers are not the student's own then. Try engine.path: generic, or student.dtype: float32"
+    )
+    return Sign(message, {"policy_gap": mean, "policy_gap_max": largest})
+
+
+def _facts(key: str, seen: Change) -> dict[str, float]:
+    return {f"{key}_before": seen.before, f"{key}_now": seen.after}
+
+
+GUARDS: dict[str, Callable[[Any, Lines, Limits], Sign | None]] = {
+    "length_blowup": length_blowup,
+    "truncation": truncation,
+    "end_slide": end_slide,
+    "repetition": repetition,
+    "entropy_collapse": entropy_collapse,
+    "kl_rising": kl_rising,
+    "uniform_teacher": uniform_teacher,
+    "changed_teacher": changed_teacher,
+    "policy_gap": policy_gap,
+}
