@@ -48,12 +48,16 @@ class LocalTeacher:
         self.agreement = agreement
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
-        self.fingerprint = f"{model.fingerprint()}-{fmt.fingerprint[:8]}-T{temperature:g}"
+        self.fingerprint = self.fingerprint_now()
         self._home = model.device
         self._offload = offload == "cpu" and self._home.type != "cpu"
         self._copied: Head | None = None
         self._order_V = _order(agreement, self._home)
         self.release()
+
+    def fingerprint_now(self) -> str:
+        """Of weights, tokenizer, template and temperature as they are at this moment."""
+        return f"{self.model.fingerprint()}-{self.format.fingerprint[:8]}-T{self.temperature:g}"
 
     def evidence(self, rollouts_N: Sequence[Rollout]) -> LocalEvidence:
         """A lazy handle on what this teacher thinks of these rollouts."""

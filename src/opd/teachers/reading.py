@@ -1,0 +1,193 @@
+"""What models say about answers that are already written, token by token: the graded record of any text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opd.journal.graded import FORMAT, SCHEMA_VERSION, GradedAnswer, GradedRecord
+from opd.models.causal import CausalLM
+from opd.models.packing import pack, plan
+from opd.objectives.head import head_logits
+from opd.teachers.local import LocalTeacher
+from opd.text.agreement import compare
+from opd.text.formats import PromptFormat
+from opd.text.pieces import piece_alone, pieces
+from opd.text.tokenizer import Tokenizer
+from opd.types import Batch, Rollout, ScorerRows
+
+# About the tokens of one reader: [T] `logprobs`, `entropy`, a teacher's `reverse_kl` when there is a student; [T, K]
+# `ids` and `top`, the K most likely tokens and their log-probabilities.
+Columns = Mapping[str, NDArray[Any]]
+_NOTHING: Columns = {key: np.empty(0) for key in ("logprobs", "entropy", "reverse_kl", "ids", "top")}
+_DIGITS = 4
+
+
+def writer(model: CausalLM, fmt: PromptFormat, *, chunk_tokens: int, temperature: float = 1.0) -> LocalTeacher:
+    """The student as a reader of its own answers, over its live weights."""
+    agreement = compare(fmt, fmt)
+    return LocalTeacher(model, fmt, agreement, name="student", temperature=temperature, chunk_tokens=chunk_tokens)
+
+
+def read_answers(
+    rollouts_N: Sequence[Rollout],
+    readers: Mapping[str, LocalTeacher],
+    *,
+    student: str | None,
+    tokenizer: Tokenizer,
+    models: Mapping[str, str],
+    top_k: int,
+    tokens_per_micro_batch: int,
+    title: str,
+    step: int | None = None,
+    turns: Mapping[str, int] | None = None,
+    scores: Mapping[str, float | None] | None = None,
+) -> GradedRecord:
+    """Every reader's view of every token of `rollouts_N`, answers in the order given. Nothing is trained or drawn.
+
+    readers     name to reader; the student's is made by `writer`. All agreements are with the format that made the
+                rollouts' ids.
+    student     the reader that is the writer, or None. All others are teachers.
+    tokenizer   the one of the rollouts' ids; `top` and `texts` are in its numbering.
+    models      how each reader's model is called.
+    turns       rollout id to its turn in a chat, 0 where missing. `scores`: rollout id to its grade.
+
+    A number that is not finite is None, and its token has no `top`. Weights that a reader keeps in host memory come
+    for the reading and go back after it. At most one teacher's and the student's logits of `chunk_tokens` tokens (the
+    first reader's) exist at the same time, in float32 or wider.
+    """
+    first = readers[student] if student is not None else next(iter(readers.values()))
+    teachers = [name for name in readers if name != student]
+    order = [*([] if student is None else [student]), *teachers]
+    read: dict[tuple[str, str], Columns] = {}
+    with ExitStack() as stack, torch.no_grad():
+        evidence = {}
+        for name in order:
+            stack.callback(readers[name].release)
+            evidence[name] = readers[name].evidence(rollouts_N)
+        for group in plan([r for r in rollouts_N if len(r.response_ids)], tokens_per_micro_batch):
+            batch = pack(group, device=first.model.device)
+            scored = {name: evidence[name].pull(batch, "full")[readers[name].name] for name in order}
+            for name, columns in _read(batch, scored, student, top_k, first.chunk_tokens).items():
+                read |= {(rollout_id, name): rows for rollout_id, rows in _by_rollout(batch, columns)}
+    answers = []
+    for rollout in rollouts_N:
+        columns = {name: read.get((rollout.id, name), _NOTHING) for name in order}
+        turn, score = (turns or {}).get(rollout.id, 0), (scores or {}).get(rollout.id)
+        answers.append(_answer(rollout, columns, student, tokenizer, turn, score))
+    shown = {pair[0] for answer in answers for rows in answer["top"].values() for row in rows for pair in row}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "format": FORMAT,
+        "title": title,
+        "step": step,
+        "student": student,
+        "teachers": teachers,
+        "readers": {name: {"model": models[name], "fingerprint": readers[name].fingerprint_now()} for name in order},
+        "texts": {str(number): piece_alone(tokenizer, number) for number in sorted(shown)},
+        "answers": answers,
+    }
+
+
+def _read(
+    batch: Batch, scored: Mapping[str, ScorerRows], student: str | None, top_k: int, chunk_tokens: int
+) -> dict[str, Columns]:
+    """What each reader says about the tokens of one micro-batch, a chunk of logits at a time."""
+    parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in scored}
+    for start in range(0, len(batch.token_T), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        own_CV: Tensor | None = None
+        for name, rows in scored.items():  # the student comes first
+            log_CV = _log_probabilities(rows, chunk)
+            found = _about(log_CV, batch.token_T[chunk], top_k)
+            if name == student:
+                own_CV = log_CV
+            elif own_CV is not None:
+                found["reverse_kl"] = _divergence(own_CV, log_CV)
+            parts[name].append(found)
+    return {
+        name: {key: torch.cat([part[key] for part in found]).cpu().numpy() for key in found[0]}
+        for name, found in parts.items()
+    }
+
+
+def _log_probabilities(rows: ScorerRows, chunk: slice) -> Tensor:
+    """[C, V] under the scorer's temperature; rows that are not valid are NaN."""
+    assert rows.hidden_TD is not None and rows.head is not None
+    log_CV = head_logits(rows.hidden_TD[chunk], rows.head).div_(rows.temperature).log_softmax(-1)
+    log_CV[~rows.valid_T[chunk]] = torch.nan
+    return log_CV
+
+
+def _about(log_CV: Tensor, token_C: Tensor, top_k: int) -> dict[str, Tensor]:
+    top_CK, ids_CK = log_CV.topk(min(top_k, log_CV.shape[1]), dim=-1)
+    return {
+        "logprobs": log_CV.gather(1, token_C[:, None])[:, 0],
+        "entropy": torch.special.entr(log_CV.exp()).sum(-1),
+        "top": top_CK,
+        "ids": ids_CK,
+    }
+
+
+def _divergence(own_CV: Tensor, log_CV: Tensor) -> Tensor:
+    """[C] KL(student || teacher); rounding may not make it negative."""
+    return (own_CV.exp() * (own_CV - log_CV)).sum(-1).clamp_min(0)
+
+
+# ---- to plain JSON ------------------------------------------------------------------------------------------------
+
+
+def _by_rollout(batch: Batch, columns: Columns) -> Iterator[tuple[str, Columns]]:
+    row_T = batch.row_T.cpu().numpy()
+    for n, rollout in enumerate(batch.rollouts):
+        yield rollout.id, {key: values[row_T == n] for key, values in columns.items()}
+
+
+def _answer(
+    rollout: Rollout,
+    columns: Mapping[str, Columns],
+    student: str | None,
+    tokenizer: Tokenizer,
+    turn: int,
+    score: float | None,
+) -> GradedAnswer:
+    answer: GradedAnswer = {
+        "id": rollout.id,
+        "prompt_id": rollout.prompt.id,
+        "domain": rollout.domain,
+        "turn": turn,
+        "prompt": tokenizer.show(rollout.prompt.ids),
+        "finish_reason": rollout.finish_reason,
+        "score": score,
+        "ids": rollout.response_ids.tolist(),
+        "pieces": pieces(tokenizer, rollout.response_ids),
+        "mask": rollout.mask.astype(int).tolist(),
+        "logprobs": {name: _rounded(of["logprobs"]) for name, of in columns.items()},
+        "entropy": {name: _rounded(of["entropy"]) for name, of in columns.items()},
+        "top": {name: _top(of) for name, of in columns.items()},
+    }
+    if student is not None:
+        answer["reverse_kl"] = {n: _rounded(of["reverse_kl"]) for n, of in columns.items() if n != student}
+    return answer
+
+
+def _rounded(values_T: NDArray[Any]) -> list[float | None]:
+    return [_round(value) if math.isfinite(value) else None for value in values_T.tolist()]
+
+
+def _top(columns: Columns) -> list[list[tuple[int, float]]]:
+    return [
+        [(number, _round(value)) for number, value in zip(ids, values, strict=True) if math.isfinite(value)]
+        for ids, values in zip(columns["ids"].tolist(), columns["top"].tolist(), strict=True)
+    ]
+
+
+def _round(value: float) -> float:
+    return round(value, _DIGITS) + 0.0  # no -0.0
