@@ -44,7 +44,7 @@ def results(summary: Mapping[str, Any], console: Console | None = None) -> None:
     elif summary["teacher"] is not None and summary["student_before"] is not None:
         notes.append("gap closed: none to close, the teacher is not above the student's start")
     title = str(summary["task"]) if summary["preset"] is None else f"{summary['task']}: {summary['preset']}"
-    _show(console, title, ("", "accuracy", "interval", f"{100 * start:.0f} % to {100 * end:.0f} %"), rows, notes)
+    draw(console, title, ("", "accuracy", "interval", f"{100 * start:.0f} % to {100 * end:.0f} %"), rows, notes)
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], console: Console | None = None, title: str = "") -> None:
@@ -57,7 +57,7 @@ def comparison(rows: Sequence[Mapping[str, Any]], console: Console | None = None
         )
         for r in rows
     ]
-    _show(console or Console(), title, ("", "accuracy", "interval", "tokens", "time"), made, [])
+    draw(console or Console(), title, ("", "accuracy", "interval", "tokens", "time"), made, [])
 
 
 def scores(results: Sequence[Any], console: Console | None = None) -> None:
@@ -73,7 +73,7 @@ def scores(results: Sequence[Any], console: Console | None = None) -> None:
     methods = dict.fromkeys(r.estimate.ci_method for r in results if r.estimate.ci_method)
     if methods:
         notes.append(f"intervals: {', '.join(methods)}")
-    _show(console or Console(), "", ("", "accuracy", "interval", "problems x answers", "cut off"), rows, notes)
+    draw(console or Console(), "", ("", "accuracy", "interval", "problems x answers", "cut off"), rows, notes)
 
 
 def memory(parts: Mapping[str, int], available: int | None, console: Console | None = None) -> None:
@@ -85,7 +85,7 @@ def memory(parts: Mapping[str, int], available: int | None, console: Console | N
         # What no estimate covers (libraries, gaps of the allocator) takes about a tenth.
         word = "does not fit" if need > available else "fits" if need <= 0.9 * available else "may just fit"
         verdict = f"{word}: {verdict}, {size(available)} available"
-    _show(console or Console(), "memory", ("", "bytes"), [*rows, ("sum", size(need))], [verdict])
+    draw(console or Console(), "memory", ("", "bytes"), [*rows, ("sum", size(need))], [verdict])
 
 
 def _score(name: str, score: Mapping[str, Any] | None) -> tuple[str, str, str]:
@@ -104,7 +104,7 @@ def strip(score: Mapping[str, Any] | None, start: float = 0.0, end: float = 1.0)
     return "".join(line)
 
 
-def _show(
+def draw(
     console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]
 ) -> None:
     """First column left, the rest right. Every cell may be foreign text."""
