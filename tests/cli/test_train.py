@@ -219,8 +219,8 @@ def test_X_09_a_teacher_that_knows_nothing_is_refused(world, tmp_path, capsys, v
 def test_a_second_run_in_the_same_folder_is_refused(world: Path, tmp_path: Path, capsys) -> None:
     items = recipe(world, tmp_path, run__steps=1)
     assert opd("train", *items) == 0
-    assert "run.overwrite=true" in refused(capsys, "train", *items)
-    assert opd("train", *items, "run.overwrite=true") == 0
+    assert "run.existing=resume" in refused(capsys, "train", *items)
+    assert opd("train", *items, "run.existing=overwrite") == 0
 
 
 def test_a_character_that_the_tokenizer_does_not_know_names_the_row(tmp_path: Path, capsys) -> None:

@@ -66,6 +66,7 @@ def test_scores_are_grouped_by_problem_and_truncated_answers_are_graded_as_they_
     assert result.answers[3] == {
         "id": "eval/sums/sums/1/1",
         "problem": "sums/1",
+        "prompt": "?",
         "answer": "7777",
         "score": 0.0,
         "reason": "",

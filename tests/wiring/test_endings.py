@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd.errors import Interrupted, ServiceUnavailable, TrainingDiverged
 from opd.journal.folder import RunFolder
-from opd.journal.reader import read_summary
+from opd.journal.reader import read_events, read_summary
 from opd.learner.learner import LocalLearner
 from tests import tiny
 
@@ -25,9 +25,11 @@ def models(tmp_path_factory) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    "error", [ServiceUnavailable("the teacher is gone"), RuntimeError("CUDA out of memory")], ids=repr
+    ("error", "status"),
+    [(ServiceUnavailable("the teacher is gone"), "interrupted"), (RuntimeError("a bug"), "failed")],
+    ids=repr,
 )
-def test_a_run_that_breaks_keeps_its_student_and_says_failed(models, tmp_path: Path, monkeypatch, error) -> None:
+def test_a_run_that_breaks_keeps_its_student_and_can_go_on(models, tmp_path, monkeypatch, error, status) -> None:
     whole = LocalLearner.update
 
     def update(self, rollouts_N, evidence):
@@ -39,8 +41,23 @@ def test_a_run_that_breaks_keeps_its_student_and_says_failed(models, tmp_path: P
     with pytest.raises(type(error), match=str(error)):
         opd.distill(*models, **SHORT, run={"folder": str(tmp_path / "run"), "steps": 5}, quiet=True)
     summary = read_summary(tmp_path / "run")
-    assert summary["status"] == "failed" and summary["steps"] == 2
+    assert summary["status"] == status and summary["steps"] == 2 and summary["stopped_by"] == str(error)
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    monkeypatch.setattr(LocalLearner, "update", whole)
+    assert opd.resume(tmp_path / "run", quiet=True).summary["steps"] == 5
+    assert [event["step"] for event in read_events(tmp_path / "run") if event["kind"] == "resume"] == [2]
+
+
+def test_a_guard_that_is_told_to_stop_ends_the_run_resumable(models, tmp_path: Path) -> None:
+    guards = {"policy_gap": {"action": "stop", "nats": 1e-30, "steps": 1}}
+    with pytest.raises(Interrupted, match="guards; to go on"):
+        opd.distill(*models, **SHORT, guards=guards, run={"folder": str(tmp_path / "run"), "steps": 40}, quiet=True)
+    summary = read_summary(tmp_path / "run")
+    (event,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "guard"]
+    assert summary["status"] == "interrupted" and event["message"] in summary["stopped_by"]
+    assert event["step"] == summary["steps"] < 40
+    opd.resume(tmp_path / "run", ["guards.policy_gap.action=warn", f"run.steps={summary['steps'] + 1}"], quiet=True)
+    assert read_summary(tmp_path / "run")["status"] == "done"
 
 
 def test_a_student_that_cannot_be_saved_leaves_a_summary_that_says_failed(models, tmp_path: Path, monkeypatch) -> None:
@@ -52,7 +69,7 @@ def test_a_student_that_cannot_be_saved_leaves_a_summary_that_says_failed(models
 
 def test_ctrl_c_before_the_first_update_does_not_name_a_student(models, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("opd.wiring.session.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(Interrupted, match="nothing to keep"):
+    with pytest.raises(Interrupted, match="stopped after 0 of 1 steps; to go on"):
         opd.distill(*models, **SHORT, run={"folder": str(tmp_path / "run"), "steps": 1}, quiet=True)
     assert not (tmp_path / "run" / "final").exists() and read_summary(tmp_path / "run")["status"] == "interrupted"
 

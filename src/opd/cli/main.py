@@ -79,6 +79,26 @@ def train(*items: Items, dry_run: bool = False) -> None:
     execute(config)
 
 
+@app.command
+def resume(folder: Path, /, *items: Items) -> None:
+    """Go on with a run that was killed or stopped, from its newest good checkpoint: opd resume runs/opd
+
+    Parameters
+    ----------
+    folder
+        The run's folder.
+    items
+        Options that may change on the way, e.g. run.steps=400 or optim.lr=5e-6.
+    """
+    from opd.wiring.run import execute
+    from opd.wiring.starting import stored
+
+    files, overrides = split(items)
+    if files:
+        raise ConfigError(f"opd resume takes the run's own config; {files[0]} is no option (options are a.b=c)")
+    execute(stored(folder, overrides))
+
+
 @app.command(name="eval")
 def evaluate(model: str, /, *items: Items) -> None:
     """Score a model on held-out tasks: opd eval MODEL task=problems.jsonl grader=exact samples=4
@@ -95,6 +115,100 @@ def evaluate(model: str, /, *items: Items) -> None:
 
     files, overrides = split(items)
     evaluate_model(model, files, overrides)
+
+
+@app.command
+def grade(
+    transcript: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *items: Items,
+    teacher: tuple[str, ...],
+    student: str | None = None,
+    out: Path = Path("graded.html"),
+    top_k: int = 5,
+    limit: int = 50,
+) -> None:
+    """Let a teacher read any text, token by token: opd grade answers.jsonl --teacher MODEL
+
+    Parameters
+    ----------
+    transcript
+        A .txt, .md, .json or .jsonl file with texts, prompts and completions, or chats; the folder of a run (its last
+        rollouts, or those of step=N); - reads standard input.
+    items
+        Options as a.b=c: teacher.format.kind=plain for all teachers, NAME.dtype=float32 for one, student.device=cpu,
+        columns.prompt=question, learner.chunk_tokens=128, run.threads=2.
+    teacher
+        Folder or hub name, or NAME=MODEL; again for another one.
+    student
+        A model to show beside the teachers: the one that wrote the text. Penalties are then measured against it.
+    out
+        The page that is written, with its numbers beside it as .json.
+    top_k
+        Most likely alternatives kept at every token.
+    limit
+        At most so many answers.
+    """
+    from opd.reports.terminal_tokens import show as show_tokens
+    from opd.wiring.grade import grade as read
+    from opd.wiring.grade import teacher_names
+
+    files, options = split(items)
+    if files:
+        raise ConfigError(f"opd grade reads one transcript, {transcript}; {files[0]} is no option (options are a.b=c)")
+    steps = [option.partition("=")[2] for option in options if option.partition("=")[0] in ("step", "--step")]
+    if any(not step.isdecimal() for step in steps):
+        raise ConfigError(f"step={steps[-1]}: the number of a step is needed")
+    record = read(
+        transcript,
+        teacher_names(teacher),
+        student,
+        out=out,
+        top_k=top_k,
+        limit=limit,
+        step=int(steps[-1]) if steps else None,
+        options=[option for option in options if option.partition("=")[0] not in ("step", "--step")],
+    )
+    show_tokens(record)
+    print(f"wrote {out} and {out.with_suffix('.json')}")
+
+
+@app.command
+def report(run: Path, /) -> None:
+    """Write RUN/report.html: whether it worked, what happened, what it cost. Also while the run goes on.
+
+    Parameters
+    ----------
+    run
+        A run folder.
+    """
+    from opd.reports.figures import size
+    from opd.reports.page.report import write_report
+
+    path = write_report(run)
+    print(f"wrote {path} ({size(path.stat().st_size)})")
+
+
+@app.command
+def compare(*runs: Path, out: Path = Path("compare.html")) -> None:
+    """Put runs side by side: which is better, at what cost, and where their configs differ.
+
+    Parameters
+    ----------
+    runs
+        Two run folders or more.
+    out
+        The page that is written beside the table.
+    """
+    from opd.reports.compare import compare as put_side_by_side
+    from opd.reports.compare import read_runs, show_comparison
+    from opd.reports.figures import size
+    from opd.reports.page.compare import write_comparison
+
+    made = put_side_by_side(read_runs(runs))
+    show_comparison(made)
+    path = write_comparison(made, out)
+    print(f"wrote {path} ({size(path.stat().st_size)})")
 
 
 @app.command
@@ -185,7 +299,7 @@ def split(items: tuple[str, ...]) -> tuple[list[str], list[str]]:
 def main() -> None:
     """The entry point of the `opd` command."""
     warnings.showwarning = lambda message, *_, **__: print(f"opd: note: {message}", file=sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C, before a run begins too
     try:
         app(sys.argv[1:], exit_on_error=True, print_error=True)
     except OpdError as error:

@@ -34,7 +34,8 @@ class EvalResult:
     scores           problem id to the scores of its k answers, in sample order.
     mean_length      tokens per answer, end token included.
     truncated_share  answers cut off by `max_tokens`; they are graded as they stand.
-    answers          one plain record per answer: id, problem, answer, score, reason, tokens, finish_reason.
+    answers          one plain record per answer: id, problem, prompt (its last message), answer, score,
+                     reason, tokens, finish_reason.
     """
 
     task: str
@@ -72,6 +73,7 @@ def run_task(
         {
             "id": rollout.id,
             "problem": rollout.prompt.id,
+            "prompt": _asked(rollout.prompt),
             "answer": text,
             "score": grade.score,
             "reason": grade.reason,
@@ -88,6 +90,12 @@ def run_task(
         truncated_share=_mean([a["finish_reason"] == "length" for a in answers]),
         answers=answers,
     )
+
+
+def _asked(prompt: Prompt) -> str:
+    """What was asked, for people: the prompt, of a chat its last message."""
+    asked = prompt.row.prompt
+    return asked if isinstance(asked, str) else asked[-1]["content"]
 
 
 def _mean(values: Sequence[float]) -> float:

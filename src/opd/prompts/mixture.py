@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,17 @@ class PromptStream:
     def prompts(self) -> Iterator[Prompt]:
         """Every prompt that is left, once."""
         return (prompt for walk in self._walks for prompt in walk.prompts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of every prompt's id, tokens and completion: equal where the data and its rendering are equal."""
+        digest = hashlib.blake2b(digest_size=8)
+        for prompt in self.prompts():
+            digest.update(f"{prompt.id} {len(prompt.ids)}".encode("utf-8", "surrogatepass"))
+            digest.update(prompt.ids.tobytes())
+            if prompt.completion_ids is not None:
+                digest.update(prompt.completion_ids.tobytes())
+        return digest.hexdigest()
 
     def batch(self, step: int) -> list[Prompt]:
         """The `per_step` prompts of step 0, 1, ...

@@ -11,7 +11,7 @@ from opd.costs.size import ModelSize, model_size
 from opd.errors import BadInput, DataError, ModelError, OpdError
 from opd.evals.tasks import EvalTask
 from opd.grading.graders import check_rows, make_grader
-from opd.models.loading import check_loadable, generation_end_ids, read_config
+from opd.models.loading import check_loadable, generation_end_ids, read_config, tokenizer_source
 from opd.prompts.mixture import PromptStream
 from opd.prompts.sources import read_source
 from opd.protocols import Grader
@@ -33,11 +33,8 @@ class Texts:
 def load_format(spec: Model, role: str) -> PromptFormat:
     """The tokenizer and prompt format of one model; its folder is looked at first, so that messages name the model."""
     check_loadable(spec, role)
-    tokenizer = load_tokenizer(
-        spec.tokenizer or spec.model,
-        revision=None if spec.tokenizer else spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    source, revision = tokenizer_source(spec)
+    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=spec.trust_remote_code)
     return PromptFormat(tokenizer, Format(**spec.format.model_dump()), generation_end_ids(spec, role))
 
 

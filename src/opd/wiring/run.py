@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,15 @@ import transformers
 from rich.console import Console
 
 import opd
-from opd.config.loading import config_hash, load_config, resolved
+from opd.config.loading import load_config
 from opd.config.schema import Config
 from opd.costs.ledger import Ledger
-from opd.journal.folder import RunFolder
 from opd.journal.folder import check as check_folder
+from opd.journal.reader import read_summary
 from opd.reports.progress import RunView
+from opd.reports.table import results
+from opd.reports.trackers import check_tracker
+from opd.stopping import Stopping
 from opd.wiring.build import (
     check_context,
     config_size,
@@ -26,7 +28,8 @@ from opd.wiring.build import (
     load_texts,
     training_params,
 )
-from opd.wiring.session import Run, Session, on_sigterm
+from opd.wiring.session import Run, Session
+from opd.wiring.starting import begin, changes, existing, finished, stored
 
 Rows = Sequence[str | Mapping[str, Any] | Sequence[Mapping[str, str]]]
 
@@ -62,35 +65,62 @@ def distill(
     return execute(load_config([*files, given]).config, console=Console(quiet=quiet))
 
 
+def resume(folder: str | Path, overrides: Sequence[str] = (), *, quiet: bool = False) -> Run:
+    """Goes on with the run in `folder` where it was killed or stopped, from its newest good checkpoint.
+
+    overrides   options as on the command line, among those that may change on the way, e.g. "run.steps=400".
+
+    On CPU in float32 the run ends as if it had never stopped, bit for bit; a changed machine is named in a note.
+    Raises ConfigError when the folder holds no run, or when data, models or other options changed.
+    """
+    return execute(stored(folder, overrides), console=Console(quiet=quiet))
+
+
 def execute(config: Config, *, console: Console | None = None) -> Run:
-    """Runs a checked config from start to end, showing it on `console`."""
-    ledger = Ledger()
+    """Runs a checked config from start to end, or from where it was left off, showing it on `console`."""
+    ledger, stopping = Ledger(), Stopping()
     view = RunView(log_every=config.run.log_every, console=console)
+    how = existing(config, view.console)
+    if how == "resume" and finished(config):
+        return _finished(config, view)
     torch.manual_seed(config.run.seed)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    with on_sigterm(signal.default_int_handler):  # a scheduler's stop is a Ctrl-C
+    with stopping.signals():
         with ledger.seconds("prepare"):
-            check_folder(config.run.folder, overwrite=config.run.overwrite, config=config.model_dump(mode="json"))
+            check_folder(config.run.folder, existing=how, config=config.model_dump(mode="json"))
+            if how == "resume":
+                changes(config)
+            check_tracker(config.tracking)
             texts = load_texts(config)
             prompts = load_prompts(config, texts.student)
             tasks = load_tasks(config.evals)
         try:
             check_context(config, texts, prompts, tasks)
             params = training_params(config, texts)
-            folder = RunFolder.create(
-                config.run.folder,
-                overwrite=config.run.overwrite,
-                config=resolved(config),
-                config_hash=config_hash(config),
-                environment=environment(config),
-                needed_bytes=4 * config_size(config.student, "student").parameters,
-            )
-            with folder, view:
-                return Session(config, texts, prompts, tasks, params, folder, view, ledger).run()
+            start = begin(config, how, environment(config), needed_bytes(config))
+            with start.folder, view:
+                return Session(config, texts, prompts, tasks, params, start, view, ledger, stopping).run()
         finally:
             for task in tasks:
                 task.grader.close()
+
+
+def needed_bytes(config: Config) -> int:
+    """What a run writes besides its journal: checkpoints (a parameter and its two moments each) and the student."""
+    parameters = config_size(config.student, "student").parameters
+    checkpoints = 0 if config.student.lora is not None else (config.checkpoints.keep + 1) * 12
+    return (checkpoints + 4) * parameters
+
+
+def _finished(config: Config, view: RunView) -> Run:
+    """A run that needs no more steps is left as it is: a scheduler that starts it once more has nothing to do."""
+    folder = Path(config.run.folder).expanduser()
+    summary = read_summary(folder)
+    assert summary is not None
+    view.message(f"{folder}: all {summary['steps']} steps are done; run.steps=N with a larger N goes on")
+    results(summary, view.console)
+    return Run(folder, folder / "final", summary)
 
 
 def environment(config: Config) -> dict[str, Any]:

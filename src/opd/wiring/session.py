@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,32 +12,34 @@ import opd
 from opd.config.loading import config_hash, resolved
 from opd.config.schema import Config
 from opd.costs.ledger import Ledger
-from opd.errors import Interrupted
-from opd.evals.tasks import EvalResult, run_task
-from opd.journal.folder import RunFolder
-from opd.journal.records import Interval, Status, summary_record
+from opd.errors import Interrupted, OpdError, ServiceUnavailable
+from opd.journal.reader import read_evals, read_metrics
+from opd.journal.records import Status, summary_record
 from opd.learner.learner import LocalLearner
+from opd.loop.guards import guards_for
 from opd.loop.synchronous import Listener, Rooms, train
+from opd.models.adapters import adapter_notes, adapter_off_view, untrained_targets
 from opd.models.causal import CausalLM
 from opd.models.loading import load_student, load_teacher, saved_dtype
 from opd.models.sanity import next_token_logits
-from opd.models.saving import save_model
+from opd.models.saving import export_form, save_model
 from opd.objectives.objective import Objective
 from opd.protocols import Sampler
 from opd.reports.figures import counted
 from opd.reports.model_card import model_card
 from opd.reports.progress import RunView
 from opd.reports.table import results
+from opd.reports.trackers import Tracker, open_tracker
 from opd.rollouts.dataset import DatasetAnswers
 from opd.rollouts.engine import EmbeddedEngine
+from opd.stopping import Stopping
 from opd.teachers.local import LocalTeacher
 from opd.types import Rollout, SamplingParams, StepReport
-from opd.wiring.build import (
-    PreparedTask,
-    Texts,
-    config_size,
-    cut_answers,
-)
+from opd.wiring.build import PreparedTask, Texts, config_size, cut_answers
+from opd.wiring.exams import Exams, interval
+from opd.wiring.keeping import Keeping
+from opd.wiring.starting import Start, same_run
+from opd.wiring.viewing import Viewing
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Run:
 
 
 class Session:
-    """The state of one run between its first and last line."""
+    """The state of one run in one process."""
 
     def __init__(
         self,
@@ -68,20 +66,32 @@ class Session:
         prompts: Any,
         tasks: list[PreparedTask],
         params: SamplingParams,
-        folder: RunFolder,
+        start: Start,
         view: RunView,
         ledger: Ledger,
+        stopping: Stopping,
     ) -> None:
         self.config, self.texts, self.prompts, self.tasks = config, texts, prompts, tasks
-        self.params, self.folder, self.view, self.ledger = params, folder, view, ledger
-        self.before: dict[str, EvalResult] = {}
-        self.after: dict[str, EvalResult] = {}
-        self.teacher_results: dict[str, EvalResult] = {}
+        self.params, self.start, self.folder, self.view, self.ledger = params, start, start.folder, view, ledger
+        self.stopping = stopping
         self.trained_tokens = 0
-        view.start(config.run.steps, self._headline())
+        self.stopped_by: str | None = None
+        self._guard_says: str | None = None
+        done = 0 if start.found is None else start.found.step
+        view.start(config.run.steps, self._headline(), done=done)
         view.phase("loading models")
         with ledger.seconds("load"):
             self._load()
+            self._take_up()
+        self.tracker: Tracker = open_tracker(
+            config.tracking,
+            run_folder=self.folder.path,
+            config=resolved(config),
+            step=self.learner.step,
+            on_failure=functools.partial(self._note, "tracker"),
+        )
+
+    # ---- before the first step -----------------------------------------------------------------------------------
 
     def _load(self) -> None:
         config, texts = self.config, self.texts
@@ -92,8 +102,9 @@ class Session:
         self.engine = self._engine(self.student)
         self.teacher: LocalTeacher | None = None
         if config.teacher is not None and texts.teacher is not None and texts.agreement is not None:
+            shared = config.teacher.adapter_off
             self.teacher = LocalTeacher(
-                load_teacher(config.teacher, vocab_size),
+                adapter_off_view(self.student) if shared else load_teacher(config.teacher, vocab_size),
                 texts.teacher,
                 texts.agreement,
                 name="teacher",
@@ -110,37 +121,102 @@ class Session:
             spec=config.learner,
             total_steps=config.run.steps,
             on_bad_step=self._bad_step,
+            before_change=self._before_change,
+            on_less=functools.partial(self._note, "out_of_memory"),
         )
+        for note in adapter_notes(self.student):
+            self.view.message(note)
+
+    def _take_up(self) -> None:
+        """Goes back to the checkpoint, and takes out of the record what came after it."""
+        start, folder = self.start, self.folder
+        identity = {
+            "data": self.prompts.fingerprint,
+            "student": self.student.fingerprint(),
+            "teacher": None if self.teacher is None else self.teacher.fingerprint,
+        }
+        same_run(start, identity)
+        self.keeping = Keeping(self.config, folder, self.learner, self.ledger, self._save_model)
+        if start.resumes:
+            self._resume()
+        if start.identity is None:
+            folder.log_event(0, "start", "the run begins", **identity)
+        self.history = read_metrics(folder.path)
+        self.exams = Exams(self.config, self.tasks, folder, self.view, self.ledger, read_evals(folder.path))
+        self.viewing = Viewing(self.config, self.texts, self.prompts, self.tasks, folder, self.teacher, self.student)
+        self.guards = guards_for(self.config, self.student.vocab_size)
+
+    def _resume(self) -> None:
+        start, folder = self.start, self.folder
+        if start.found is not None:
+            self.trained_tokens = self.keeping.restore(start.found)["trained_tokens"]
+        step = self.learner.step
+        folder.rewind(step if start.identity is not None else -1)
+        for note in start.notes:
+            kind = "checkpoint_skipped" if "passed over" in note else "resume"
+            folder.log_event(step, kind, note)
+            self.view.message(note)
+        place = "its first step" if start.found is None else f"checkpoints/{start.found.path.name}"
+        folder.log_event(step, "resume", f"the run goes on from {place}")
+        self.view.message(f"goes on from {place}")
+
+    # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self) -> Run:
-        steps = self.config.run.steps
         status: Status = "done"
         error: Exception | None = None
         try:
-            self.before = self._evaluate(0)
+            self._evaluate(0)
             self._evaluate_teacher()
-            train(self._rooms(), steps=steps, ledger=self.ledger, listener=self._listener())
-            self.after = self._evaluate(steps)
+            train(
+                self._rooms(),
+                steps=self.config.run.steps,
+                first=self.learner.step,
+                ledger=self.ledger,
+                listener=Listener(on_step=self._on_step, on_phase=self._phase, look=self._look),
+            )
+            self._evaluate(self.config.run.steps)
         except KeyboardInterrupt:
-            status = "interrupted"
-            kept = f"the student so far is in {self.folder.final}" if self.learner.step else "there is nothing to keep"
-            error = Interrupted(f"stopped after {self.learner.step} of {steps} steps; {kept}")
+            status, error = "interrupted", Interrupted("")
+        except (Interrupted, ServiceUnavailable) as caught:
+            status, error = "interrupted", caught
         except Exception as caught:  # out of memory, a full disk, ours: what was earned is kept, the record says failed
             status, error = "failed", caught
-        with on_sigterm(signal.SIG_IGN):  # a scheduler that sends it again must not take the result away
-            try:
-                if status == "done" or self.learner.step:
-                    with self.ledger.seconds("save"):
-                        self._save(status)
-            except Exception as caught:
-                status, error = "failed", error or caught
-            summary = self._summary(status)
-            self.folder.write_summary(summary)
+        return self._end(status, error)
+
+    def _end(self, status: Status, error: Exception | None) -> Run:
+        """Keeps what there is, writes the result and shows it. A further signal is taken at once."""
+        torn, steps = self.stopping.held, self.learner.step
+        self.stopping.hold()
+        try:
+            if status != "done" and steps and not torn:
+                self.keeping.checkpoint(self._facts())
+            if status == "done" or (steps and not torn):
+                with self.ledger.seconds("save"):
+                    self._save(status)
+        except Exception as caught:
+            status, error = "failed" if status == "done" else status, error or caught
+        if isinstance(error, Interrupted) and not str(error):
+            error = Interrupted(self._stop_message(torn))
+        self.stopped_by = None if error is None else str(error)
+        if error is not None:
+            self.folder.log_event(steps, "stop", f"{status}: {error}")
+        summary = self._summary(status)
+        self.folder.write_summary(summary)
+        self.tracker.close(status)
         self.view.finish()
         results(summary, self.view.console)
+        self._report()
         if error is not None:
             raise error
         return Run(self.folder.path, self.folder.final, summary)
+
+    def _stop_message(self, torn: bool) -> str:
+        done = f"stopped after {self.learner.step} of {self.config.run.steps} steps"
+        on = f"to go on: opd resume {self.folder.path}"
+        if torn:
+            return f"{done}, in the middle of a change; {on} takes the last checkpoint"
+        return f"{done}; the student so far is in {self.folder.final}; {on}" if self.learner.step else f"{done}; {on}"
 
     def _engine(self, model: CausalLM) -> EmbeddedEngine:
         engine = self.config.engine
@@ -162,26 +238,64 @@ class Session:
                 if reads_teacher and self.teacher is not None and config.teacher is not None
                 else None
             ),
+            trainable=self.student.trainable_count if config.student.lora is not None else None,
             updates_per_batch=config.learner.updates_per_batch,
         )
 
-    def _listener(self) -> Listener:
-        return Listener(
-            on_step=self._on_step,
-            on_phase=self._phase,
-            evaluate=self._evaluate,
-            every=self.config.evals.every,
-        )
+    # ---- during a step -------------------------------------------------------------------------------------------
+
+    def _before_change(self) -> None:
+        """The gradient is whole. From here until the step is in the record, a request to stop waits."""
+        self.stopping.hold()
+        if self.learner.step == 0 and (idle := untrained_targets(self.student)):
+            some = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
+            self._note("adapter", f"{counted(len(idle), 'adapter layer')} got no gradient in the first step: {some}")
 
     def _on_step(self, report: StepReport, rollouts_N: Sequence[Rollout], numbers: dict[str, float]) -> None:
         spent = self.ledger.seconds_by_phase
         busy = sum(spent.get(phase, 0.0) for phase in ("rollout", "scoring", "update", "sync"))
         self.trained_tokens += int(numbers["trained_tokens"])
-        numbers = {**numbers, **self.ledger.metrics(), "tokens_per_second": self.trained_tokens / max(busy, 1e-9)}
+        numbers |= {**self.ledger.metrics(), "tokens_per_second": self.trained_tokens / max(busy, 1e-9)}
+        numbers |= self._teacher_facts(report.step)
+        line = {"step": report.step, **numbers, "applied": report.applied}
         self.folder.log_step(report.step, self.learner.weights().version, {**numbers, "applied": report.applied})
         with self.ledger.seconds("journal"):
-            self.folder.write_rollouts(report.step, rollouts_N, self.texts.student.tokenizer.show)
-        self.view.step({"step": report.step, "applied": report.applied, **numbers})
+            self.folder.write_rollouts(report.step, rollouts_N, self.texts.student.tokenizer.show, report.scores)
+            self.tracker.log(report.step, numbers)
+        self.view.step(line)
+        self.history.append(line)
+        self._watch(report.step)
+        self.keeping.step(self._facts())
+        self.stopping.release()
+        if self._guard_says is not None:
+            raise Interrupted(f"{self._guard_says} (guards; to go on: opd resume {self.folder.path})")
+
+    def _watch(self, step: int) -> None:
+        """Guards look at the record; one that is told to stop does so when the step is whole."""
+        for alarm in self.guards.look(self.history):
+            facts = {"guard": alarm.guard, "action": alarm.action, **alarm.facts}
+            self.folder.log_event(step, "guard", alarm.message, **facts)
+            self.view.message(f"guard {alarm.guard}: {alarm.message}")
+            if alarm.action == "stop":
+                self._guard_says = alarm.message
+
+    def _teacher_facts(self, step: int) -> dict[str, float]:
+        """Whether the teacher still is the one of the first step, every so often."""
+        spec = self.config.guards.changed_teacher
+        if self.teacher is None or self.objective.resolution is None or spec.action == "off" or step % spec.every:
+            return {}
+        return {"teacher_fingerprint_changed": float(self.teacher.fingerprint_now() != self.teacher.fingerprint)}
+
+    def _look(self, step: int) -> None:
+        """Evaluations and views that are due after a step; the last step's come after the loop."""
+        every = self.config.evals.every
+        if step and every and step % every == 0 and step < self.config.run.steps:
+            self._evaluate(step)
+        if self.viewing.due(step):
+            self.view.phase("view")
+            self.engine.load(self.learner.weights())
+            with self.ledger.seconds("view"):
+                self.viewing.take(step, self.engine)
 
     def _phase(self, name: str) -> None:
         """A part of a step begins; a rollout also says how many answers are written."""
@@ -194,49 +308,50 @@ class Session:
 
     def _bad_step(self, step: int, facts: dict[str, Any]) -> None:
         self.folder.dump(step, "not-finite", facts)
+        self.folder.log_event(step, "bad_step", "the loss or the gradient was not finite: the step was skipped")
 
-    def _evaluate(self, step: int) -> dict[str, EvalResult]:
-        """The student on every task. The noise is the same at every step, so that differences are the student's."""
-        self.engine.load(self.learner.weights())
-        return self._take(self.engine, self.texts.student, who="student", step=step)
+    def _note(self, kind: Any, message: str) -> None:
+        """Something worth knowing: a line that stays on the terminal, and in the record."""
+        self.folder.log_event(self.learner.step, kind, message)
+        self.view.message(message)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: int) -> None:
+        """The student on every task; what an earlier process of the run measured at this step is not measured again."""
+        if self.exams.missing(step, "student") and step == self.learner.step:
+            self.engine.load(self.learner.weights())
+            self.exams.take(self.engine, self.texts.student, who="student", step=step)
+        self.keeping.best(self.exams)
 
     def _evaluate_teacher(self) -> None:
-        if self.teacher is None or self.texts.teacher is None or not self.config.evals.teacher or not self.tasks:
+        teacher, fmt = self.teacher, self.texts.teacher
+        if teacher is None or fmt is None or not self.config.evals.teacher or not self.exams.missing(0, "teacher"):
             return
-        self.teacher.fetch()
-        self.teacher_results = self._take(self._engine(self.teacher.model), self.texts.teacher, who="teacher", step=0)
-        self.teacher.release()
+        teacher.fetch()
+        try:
+            self.exams.take(self._engine(teacher.model), fmt, who="teacher", step=0)
+        finally:
+            teacher.release()
 
-    def _take(self, sampler: EmbeddedEngine, fmt: Any, *, who: str, step: int) -> dict[str, EvalResult]:
-        results: dict[str, EvalResult] = {}
-        for task in self.tasks:
-            bound = task.bind(fmt, self.config.sampling)
-            name, answers = f"{who} takes {task.spec.name}", len(task.rows) * task.spec.samples
-            self.view.phase(name)
-            sampler.progress = functools.partial(self._written, name, answers)
-            with self.ledger.seconds("eval"):
-                result = run_task(
-                    bound,
-                    sampler,
-                    fmt.decode,
-                    tag=f"eval/{task.spec.name}",
-                    confidence=self.config.evals.confidence,
-                )
-            results[task.spec.name] = result
-            record = {"step": step, "model": who, **eval_record(result)}
-            self.folder.log_eval({**record, "answers": result.answers})
-            if record["mean"] is not None:
-                self.view.eval(record)
-        return results
+    # ---- the result ----------------------------------------------------------------------------------------------
 
-    def _save(self, status: Status) -> None:
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint says besides the learner's and the ledger's state."""
+        return {"trained_tokens": self.trained_tokens}
+
+    def _save_model(self, folder: Path) -> None:
         save_model(
             self.student,
             self.texts.student.tokenizer.hf,
-            self.folder.final,
+            folder,
             dtype=saved_dtype(self.config.student),
             end_ids=self.texts.student.end_ids,
+            form=export_form(self.config.student),
         )
+
+    def _save(self, status: Status) -> None:
+        self._save_model(self.folder.final)
         card = model_card(
             self._summary(status),
             resolved(self.config),
@@ -246,26 +361,35 @@ class Session:
         (self.folder.final / "README.md").write_text(card, encoding="utf-8")
 
     def _summary(self, status: Status) -> dict[str, Any]:
-        first = self.tasks[0].spec.name if self.tasks else None
-        before, after, teacher = (
-            r.get(first) if first else None for r in (self.before, self.after, self.teacher_results)
-        )
+        before, teacher = self.exams.of_first(0), self.exams.of_first(0, "teacher")
+        after = self.exams.of_first(self.config.run.steps)
         return summary_record(
             status=status,
             preset=self.config.objective.preset,
-            task=first,
-            n=None if before is None else before.estimate.n,
-            k=None if before is None else before.estimate.k,
-            ci_method=None if before is None else before.estimate.ci_method,
-            student_before=_interval(before),
-            student_after=_interval(after),
-            teacher=_interval(teacher),
+            task=self.exams.first,
+            n=None if before is None else before["n"],
+            k=None if before is None else before["k"],
+            ci_method=None if before is None else before["ci_method"],
+            student_before=interval(before),
+            student_after=interval(after),
+            teacher=interval(teacher),
             seconds=self.ledger.elapsed,
             seconds_by_phase=self.ledger.seconds_by_phase,
             tokens=self.trained_tokens,
             flops=self.ledger.total().flops,
             steps=self.learner.step,
+            resumes=self.start.resumes,
+            stopped_by=self.stopped_by,
         )
+
+    def _report(self) -> None:
+        """A page about the run; a page that cannot be written is not worth a run."""
+        from opd.reports.page.report import write_report
+
+        try:
+            self.view.message(f"report: {write_report(self.folder.path)}")
+        except (OpdError, OSError, ValueError) as error:
+            self.view.message(f"no report was written: {error}")
 
     def _headline(self) -> list[str]:
         config = self.config
@@ -285,30 +409,3 @@ class Session:
         if cut := cut_answers(config, self.prompts):
             notes.append(cut)
         return lines + [f"note: {note}" for note in notes]
-
-
-def eval_record(result: EvalResult) -> dict[str, Any]:
-    """One line about an evaluation: the estimate as plain numbers, lengths, the share that was cut off."""
-    estimate = dataclasses.asdict(result.estimate)
-    return {"task": result.task, **estimate, "length": result.mean_length, "truncated": result.truncated_share}
-
-
-def _interval(result: EvalResult | None) -> Interval | None:
-    if result is None or result.estimate.mean is None:
-        return None
-    low, high = result.estimate.low, result.estimate.high
-    assert low is not None and high is not None
-    return {"mean": result.estimate.mean, "low": low, "high": high}
-
-
-@contextmanager
-def on_sigterm(handler: Any) -> Iterator[None]:
-    """What SIGTERM does for a while (only the main thread may say so)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,95 @@
+"""Views: now and then a few answers of the student, every token of them read by student and teacher.
+
+The same prompts with the same noise every time, so that two views show what training changed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+from opd.config.schema import Config
+from opd.journal.folder import RunFolder
+from opd.journal.reader import read_views
+from opd.models.causal import CausalLM
+from opd.prompts.mixture import PromptStream
+from opd.protocols import Sampler
+from opd.teachers.local import LocalTeacher
+from opd.teachers.reading import read_answers
+from opd.text.agreement import compare
+from opd.types import Prompt, Rollout, SamplingParams
+from opd.wiring.build import PreparedTask, Texts, sampling_params
+
+
+class Viewing:
+    """Takes views of held-out problems, with their grades, or of training prompts where there are no tasks."""
+
+    def __init__(
+        self,
+        config: Config,
+        texts: Texts,
+        prompts: PromptStream,
+        tasks: Sequence[PreparedTask],
+        folder: RunFolder,
+        teacher: LocalTeacher | None,
+        student: CausalLM,
+    ) -> None:
+        self._config, self._texts, self._prompts, self._folder = config, texts, prompts, folder
+        self._task = tasks[0] if tasks else None
+        self._teacher, self._student = teacher, student
+        self._taken = {step for step, _ in read_views(folder.path)}
+
+    def due(self, step: int) -> bool:
+        """Whether a view is wanted after `step` steps and has not been taken. Without a teacher there is none."""
+        spec = self._config.views
+        last = self._config.run.steps
+        if self._teacher is None or not spec.answers or step in self._taken:
+            return False
+        return step in (0, last) or bool(spec.every and step % spec.every == 0)
+
+    def take(self, step: int, sampler: Sampler) -> None:
+        """Writes `views/step_....json` with the weights that `sampler` has now."""
+        assert self._teacher is not None
+        config, fmt = self._config, self._texts.student
+        prompts_P, params = self._asked()
+        rollouts_N = sampler.generate(prompts_P, params, tag="view")
+        own = LocalTeacher(
+            self._student,
+            fmt,
+            compare(fmt, fmt),
+            name="student",
+            temperature=config.objective.student_temperature,
+            chunk_tokens=config.learner.chunk_tokens,
+        )
+        assert config.teacher is not None
+        record = read_answers(
+            rollouts_N,
+            {"student": own, "teacher": self._teacher},
+            student="student",
+            tokenizer=fmt.tokenizer,
+            models={"student": config.student.model, "teacher": config.teacher.model},
+            top_k=config.views.top_k,
+            tokens_per_micro_batch=config.learner.tokens_per_micro_batch,
+            title=f"after {step} steps" if step else "before training",
+            step=step,
+            scores=self._scores(rollouts_N),
+        )
+        self._folder.write_view(step, record)
+        self._taken.add(step)
+
+    def _asked(self) -> tuple[list[Prompt], SamplingParams]:
+        config, fmt = self._config, self._texts.student
+        count = config.views.answers
+        if self._task is not None:
+            bound = self._task.bind(fmt, config.sampling)
+            return list(bound.prompts_P[:count]), replace(bound.params, samples_per_prompt=1)
+        asked = list(itertools.islice(self._prompts.prompts(), count))
+        return asked, sampling_params(config.sampling, fmt, samples=1)
+
+    def _scores(self, rollouts_N: Sequence[Rollout]) -> dict[str, float | None]:
+        if self._task is None:
+            return {}
+        texts = [self._texts.student.decode(r.response_ids) for r in rollouts_N]
+        grades = self._task.grader.grade([r.prompt.row for r in rollouts_N], texts)
+        return {r.id: grade.score for r, grade in zip(rollouts_N, grades, strict=True)}
