@@ -164,7 +164,8 @@ def test_nobody_speaks_in_the_first_steps():
     faults = {key: value for name in COMPARING for key, value in FAULTS[name].items()}
     assert alarms(guards(), runs((WINDOW, {}), (WINDOW - 1, faults))) == []
     assert alarms(guards(), runs((WINDOW, {}), (WINDOW, faults))) != []
-    assert alarms(guards(), runs((WINDOW, {}), (Spec().kl_rising.steps - 1, FAULTS["kl_rising"]))) == []
+    climb = [(1, dict.fromkeys(("reverse_kl", "loss"), 0.2 * 1.04**step)) for step in range(70)]
+    assert alarms(guards(), runs((WINDOW, {}), *climb)) == [(WINDOW + Spec().kl_rising.steps, "kl_rising")]
 
 
 COMPARING = {"length_blowup", "truncation", "end_slide", "repetition", "entropy_collapse", "kl_rising"}

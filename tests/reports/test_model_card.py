@@ -126,3 +126,13 @@ def test_card_without_teacher_or_scores():
     config["teacher"] = None
     text = card(config, student_before=None, student_after=None, teacher=None, task=None, n=None, k=None)
     assert "- Teacher: none" in text and "No held-out task was taken." in text and "None" not in text
+
+
+def test_the_card_of_an_adapter_says_how_to_load_it() -> None:
+    config = resolved()
+    config["student"]["lora"] = {"rank": 8}
+    made = model_card(make_summary(), config, config_hash="c0ffee", version="0.1.0", form="adapter")
+    assert yaml.safe_load(made.split("---")[1])["library_name"] == "peft" and "AutoPeftModelForCausalLM" in made
+    assert "LoRA adapter of rank 8" in made
+    whole = card(config)
+    assert "AutoModelForCausalLM" in whole and "Peft" not in whole and "rank 8" in whole

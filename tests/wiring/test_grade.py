@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import opd as package
 from opd.errors import ConfigError, DataError, ModelError
-from opd.journal.graded import GradedRecord, check, penalty, worst
+from opd.journal.graded import GradedRecord, check, penalty, worst, writer_of
 from opd.journal.reader import read_rollouts
 from opd.lab.worlds import sorting
 from opd.wiring.grade import grade, teacher_names
@@ -90,6 +90,14 @@ def test_the_worst_token_is_the_planted_error_for_the_demos_teacher_alone() -> N
     assert len(record["answers"]) == 200 and found(record, places, None) >= 0.8
     answer = worst(record, 1, "teacher")[0][0]
     assert worst(record, 1, "teacher")[0][1] == places[answer]
+
+
+def test_text_that_the_student_did_not_write_is_coloured_by_the_teacher_alone_also_beside_it() -> None:
+    rows, places = planted("replaced")
+    record = grade(rows, TEACHER, STUDENT, limit=200)
+    assert writer_of(record) is None and found(record, places, writer_of(record)) >= 0.8
+    assert found(record, places, "student") < 0.8, "what neither would write says little about either"
+    assert writer_of(grade(rows[:1], TEACHER, STUDENT, student_wrote=True)) == "student"
 
 
 def test_the_worst_token_is_the_students_own_error_when_it_stands_beside_the_teacher() -> None:
@@ -240,6 +248,9 @@ def test_the_command_writes_a_page_and_its_twin_and_shows_the_worst_token(tmp_pa
     assert worst(record, 1, "teacher")[0][1] == 5
     arguments = ("answers.jsonl", "--teacher", f"big={TEACHER}", "--student", str(STUDENT), "--out", "b.html")
     assert opd("grade", *arguments, "--big.dtype", "float32") == 0
+    assert "log q + entropy" in capsys.readouterr().out, "somebody else wrote this file"
+    assert worst(check(json.loads(Path("b.json").read_text())), 1, "big")[0][1] == 5
+    assert opd("grade", *arguments, "--student-wrote") == 0
     assert "log q - log p" in capsys.readouterr().out
     assert check(json.loads(Path("b.json").read_text()))["teachers"] == ["big"]
 

@@ -124,6 +124,7 @@ def grade(
     *items: Items,
     teacher: tuple[str, ...],
     student: str | None = None,
+    student_wrote: bool = False,
     out: Path = Path("graded.html"),
     top_k: int = 5,
     limit: int = 50,
@@ -141,7 +142,9 @@ def grade(
     teacher
         Folder or hub name, or NAME=MODEL; again for another one.
     student
-        A model to show beside the teachers: the one that wrote the text. Penalties are then measured against it.
+        A model to show beside the teachers. In a run's rollouts penalties are measured against it.
+    student_wrote
+        The student wrote this text as well: measure penalties against it.
     out
         The page that is written, with its numbers beside it as .json.
     top_k
@@ -163,6 +166,7 @@ def grade(
         transcript,
         teacher_names(teacher),
         student,
+        student_wrote=student_wrote,
         out=out,
         top_k=top_k,
         limit=limit,

@@ -53,10 +53,17 @@ class GradedAnswer(_BesideStudent):
     top: dict[str, list[list[tuple[int, float]]]]
 
 
-class GradedRecord(TypedDict):
+class _Written(TypedDict, total=False):
+    """False where somebody else than the student wrote the answers; penalties then leave the student aside, see
+    `writer_of`: what neither model would write is about as unlikely to both. Missing: True."""
+
+    written_by_student: bool
+
+
+class GradedRecord(_Written):
     """Some answers as their readers see them.
 
-    student   name of the reader that is the writer, None where nobody stands beside the teachers.
+    student   name of the reader that stands beside the teachers, or None.
     teachers  names of the readers whose opinion it is about.
     texts     token id (as a string) to how it is shown on its own, for every id in `top`.
     """
@@ -101,6 +108,11 @@ def penalty(answer: GradedAnswer, teacher: str, student: str | None) -> list[flo
     return [q - p if m and q is not None and p is not None else None for m, q, p in parts]
 
 
+def writer_of(record: GradedRecord) -> str | None:
+    """The reader that penalties are measured against: the student, where it is the writer."""
+    return record["student"] if record.get("written_by_student", True) else None
+
+
 def worst(record: GradedRecord, n: int, teacher: str) -> list[tuple[int, int, float]]:
     """(index of the answer, index of the token, penalty) of the `n` lowest penalties, the lowest first."""
     return sorted(_penalties(record, teacher), key=lambda found: (found[2], found[:2]))[:n]
@@ -139,6 +151,7 @@ def check(record: Any) -> GradedRecord:
     _keys(record, GradedRecord, "")
     _need(isinstance(record["title"], str), "title must be text", record["title"])
     _need(record["step"] is None or _is_int(record["step"]), "step must be a whole number or null", record["step"])
+    _need(isinstance(record.get("written_by_student", True), bool), "written_by_student must be true or false", record)
     _check_readers(record)
     _need(isinstance(record["texts"], Mapping), "texts must be an object", type(record["texts"]).__name__)
     for key, text in record["texts"].items():
@@ -249,7 +262,7 @@ def _penalties(record: GradedRecord, teacher: str) -> Iterator[tuple[int, int, f
     if teacher not in record["teachers"]:
         raise DataError(f"graded record: its teachers are {_named(record['teachers'])}; not among them: {teacher}")
     for index, answer in enumerate(record["answers"]):
-        for token, value in enumerate(penalty(answer, teacher, record["student"])):
+        for token, value in enumerate(penalty(answer, teacher, writer_of(record))):
             if value is not None:
                 yield index, token, value
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -23,25 +23,41 @@ folder = "path/to/this/folder"
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
+LOAD_ADAPTER = """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "path/to/this/folder"
+model = AutoPeftModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```"""
 REDUCTIONS = {
     "token_mean": "averaged over all trained tokens of a step",
     "sequence_mean": "averaged over the answers of a step, each by its own mean over tokens",
 }
 
 
-def model_card(summary: Mapping[str, Any], config: Mapping[str, Any], *, config_hash: str, version: str) -> str:
+def model_card(
+    summary: Mapping[str, Any],
+    config: Mapping[str, Any],
+    *,
+    config_hash: str,
+    version: str,
+    form: Literal["merged", "adapter"] = "merged",
+) -> str:
     """Markdown with YAML front matter.
 
     summary   as `opd.journal.records.summary_record` makes it
     config    the resolved config as a plain dict
     version   of opd
+    form      what the folder holds: a whole model, or an adapter alone
     """
     student, teacher, objective = config["student"], config.get("teacher"), config["objective"]
     on_policy = objective.get("behaviour") != "dataset"
     distilled = any(term.get("target") != "data" for term in objective["terms"])
     tags = ["opd", *(["distillation"] if distilled else []), *(["on-policy-distillation"] if on_policy else [])]
     front = {
-        "library_name": "transformers",
+        "library_name": "peft" if form == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": printable(public_name(student["model"])),
         "tags": tags,
@@ -60,7 +76,7 @@ def model_card(summary: Mapping[str, Any], config: Mapping[str, Any], *, config_
         "## Data",
         "\n".join(f"- {_source(source)}" for source in config["prompts"]["sources"]),
         "## Load it",
-        LOAD,
+        LOAD_ADAPTER if form == "adapter" else LOAD,
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -120,6 +136,8 @@ def _training(summary: Mapping[str, Any], config: Mapping[str, Any], config_hash
             f"sampled at temperature {sampling['temperature']}"
         )
     spent = f"{count(summary['tokens'])} trained tokens, {count(summary['flops'])} FLOPs"
+    if lora := config["student"].get("lora"):
+        lines.append(f"- LoRA adapter of rank {lora['rank']}; the other weights were not trained")
     return [
         *lines,
         f"- {summary['steps']} steps, {step}",

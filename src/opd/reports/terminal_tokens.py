@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from opd.journal.graded import GradedAnswer, GradedRecord, by_domain, penalty, worst
+from opd.journal.graded import GradedAnswer, GradedRecord, by_domain, penalty, worst, writer_of
 from opd.reports.figures import counted
 from opd.reports.printable import printable
 from opd.reports.progress import is_live, say
@@ -43,7 +43,8 @@ class _Shown:
 
     def __init__(self, record: GradedRecord, teacher: str, console: Console) -> None:
         self.record, self.teacher, self.console, self.student = record, teacher, console, record["student"]
-        self.penalties = [penalty(answer, teacher, self.student) for answer in record["answers"]]
+        self.writer = writer_of(record)
+        self.penalties = [penalty(answer, teacher, self.writer) for answer in record["answers"]]
         self.colours = is_live(console) and not console.no_color and console.color_system in ("256", "truecolor")
         self.width = min(console.width, 80)
 
@@ -68,13 +69,13 @@ class _Shown:
         name, model = self.teacher, self.record["readers"][self.teacher]["model"]
         self._say(f"{name} ({model})", "bold")
         times = f"{math.exp(MARKED):.0f} times less likely"
-        if self.student is None:
+        if self.writer is None:
             said = (
                 "The penalty of a token is log q + entropy, in nats; q is the probability that the teacher gave it. "
                 f"0 is what the teacher expects of its own words, -{MARKED:.0f} is {times}."
             )
         else:
-            own = self.record["readers"][self.student]["model"]
+            own = self.record["readers"][self.writer]["model"]
             said = (
                 "The penalty of a token is log q - log p, in nats; q is the probability that the teacher gave it, p "
                 f"that of the student ({own}). 0: the same for both, -{MARKED:.0f}: {times} for the teacher."
@@ -85,7 +86,7 @@ class _Shown:
             scale = Text("colours: ")
             for edge, style in reversed(tuple(zip(EDGES, LESS, strict=True))):
                 scale.append(f" -{edge:g} ", style)
-            scale.append(" as expected " if self.student is None else " both alike ")
+            scale.append(" as expected " if self.writer is None else " both alike ")
             for edge, style in zip(EDGES, MORE, strict=True):
                 scale.append(f" +{edge:g} ", style)
             self.console.print(scale, soft_wrap=True)

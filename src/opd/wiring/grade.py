@@ -46,6 +46,7 @@ def grade(
     top_k: int = 5,
     limit: int = 50,
     step: int | None = None,
+    student_wrote: bool = False,
     options: Sequence[str] = (),
     console: Console | None = None,
 ) -> GradedRecord:
@@ -54,7 +55,8 @@ def grade(
     transcript  a .txt, .md, .json or .jsonl file, `-` for standard input, the folder of a run (the rollouts of its last
                 step, or of `step`); or from Python a row, rows or a chat: `{"text": "..."}`, a list of turns.
     teachers    a folder or hub name, or several under names of their own. All need one tokenizer.
-    student     a model that is shown beside them: the writer, as a rule. Penalties are then measured against it.
+    student     a model that is shown beside them. Penalties are measured against it where it is the writer: in the
+                rollouts of a run, and where `student_wrote` says so.
     out         page.html, with page.json beside it; both are replaced.
     top_k       most likely alternatives kept at every token. `limit`: at most so many answers.
     options     as on the command line, e.g. `teacher.format.kind=plain` for all teachers, `NAME.dtype=float32` for one,
@@ -93,6 +95,7 @@ def grade(
             title=found.name,
             turns={r.id: answer.turn for r, answer in zip(reading.rollouts_N, found.answers, strict=True)},
         )
+    record["written_by_student"] = student_wrote or all(answer.recorded is not None for answer in found.answers)
     for answer, given in zip(record["answers"], found.answers, strict=True):
         if not given.closed and given.recorded is None:
             answer["finish_reason"] = None  # nobody said whether more was to come

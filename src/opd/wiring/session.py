@@ -22,7 +22,7 @@ from opd.models.adapters import adapter_notes, adapter_off_view, untrained_targe
 from opd.models.causal import CausalLM
 from opd.models.loading import load_student, load_teacher, saved_dtype
 from opd.models.sanity import next_token_logits
-from opd.models.saving import export_form, save_model
+from opd.models.saving import export_form, recover, save_model
 from opd.objectives.objective import Objective
 from opd.protocols import Sampler
 from opd.reports.figures import counted
@@ -151,6 +151,8 @@ class Session:
         if start.found is not None:
             self.trained_tokens = self.keeping.restore(start.found)["trained_tokens"]
         step = self.learner.step
+        for kept in (folder.final, folder.best, *(folder.path / "weights").glob("step_*.old")):
+            recover(kept.with_name(kept.name.removesuffix(".old")))
         folder.rewind(step if start.identity is not None else -1)
         for note in start.notes:
             kind = "checkpoint_skipped" if "passed over" in note else "resume"
@@ -357,6 +359,7 @@ class Session:
             resolved(self.config),
             config_hash=config_hash(self.config),
             version=opd.__version__,
+            form=export_form(self.config.student),
         )
         (self.folder.final / "README.md").write_text(card, encoding="utf-8")
 

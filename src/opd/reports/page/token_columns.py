@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from opd.journal.graded import GradedAnswer, GradedRecord, penalty
+from opd.journal.graded import GradedAnswer, GradedRecord, penalty, writer_of
 from opd.reports.page.token_extent import Extent, carried, keys
 from opd.reports.printable import printable
 
@@ -81,6 +81,7 @@ def _record(record: GradedRecord, table: dict[tuple[int, str], int], extent: Ext
         "title": printable(record["title"]),
         "step": record["step"],
         "student": None if record["student"] is None else readers.index(record["student"]),
+        "own": writer_of(record) is not None,
         "teachers": [readers.index(name) for name in record["teachers"]],
         "readers": [
             {"name": printable(name), **{key: printable(info[key]) for key in ("model", "fingerprint")}}
@@ -119,7 +120,7 @@ def _answer(
         "entropy": [ENTROPY.pack(answer["entropy"][name][:end]) for name in readers],
         "kl": [KL.pack(kl[name][:end]) if name in kl else None for name in readers],
         "penalty": [
-            PENALTY.pack(penalty(answer, name, record["student"])[:end]) if name in record["teachers"] else None
+            PENALTY.pack(penalty(answer, name, writer_of(record))[:end]) if name in record["teachers"] else None
             for name in readers
         ],
         "top": [

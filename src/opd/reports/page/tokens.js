@@ -151,7 +151,7 @@ function verdict(step, value) {
   const size = Math.abs(value);
   const ratio = Math.exp(size);
   const times = ratio >= 1000 ? "more than 1,000 times" : (ratio < 10 ? ratio.toFixed(1) : ratio.toFixed(0)) + " times";
-  if (data.records[step].student === null) {
+  if (!data.records[step].own) {
     if (size < data.penalty_edges[0]) return "as expected as the teacher's uncertainty explains";
     return (value < 0 ? "more" : "less") + " surprising than the teacher's own uncertainty explains";
   }

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from opd.journal.graded import GradedAnswer, GradedRecord, penalty
+from opd.journal.graded import GradedAnswer, GradedRecord, penalty, writer_of
 from opd.reports.figures import counted
 from opd.reports.page.base import asset, attribute, json_for_html, page, text
 from opd.reports.page.token_columns import LEAST_BYTES, columns
@@ -77,7 +77,7 @@ def _parts(records: Sequence[GradedRecord], extent: Extent) -> tuple[str, dict[s
 
 def _body(records: Sequence[GradedRecord], extent: Extent) -> str:
     parts = ['<section class="token-view" id="token-view">', "<h2>Token view</h2>"]
-    parts.append(_legend(with_student=not records or records[-1]["student"] is not None))
+    parts.append(_legend(with_student=not records or writer_of(records[-1]) is not None))
     if phrases := left_out(records, extent):
         parts.append(
             f'<p class="note">To keep this page small, {"; ".join(phrases)}. The JSON file has everything.</p>'
@@ -170,7 +170,7 @@ def _static(record: GradedRecord, extent: Extent) -> str:
 
 
 def _spans(record: GradedRecord, answer: GradedAnswer, shown: int) -> str:
-    values = penalty(answer, record["teachers"][0], record["student"])
+    values = penalty(answer, record["teachers"][0], writer_of(record))
     spans = []
     for i in range(shown):
         value, piece, token = values[i], answer["pieces"][i], answer["ids"][i]
