@@ -277,7 +277,7 @@ class Session:
         for alarm in self.guards.look(self.history):
             facts = {"guard": alarm.guard, "action": alarm.action, **alarm.facts}
             self.folder.log_event(step, "guard", alarm.message, **facts)
-            self.view.message(f"guard {alarm.guard}: {alarm.message}")
+            self.view.message(f"guard {alarm.message}")
             if alarm.action == "stop":
                 self._guard_says = alarm.message
 
