@@ -25,7 +25,6 @@ def test_the_defaults_are_accepted_with_and_without_a_teacher(tmp_path):
             SFT + "guards: {uniform_teacher: {nats: 1}}\n",
             ["guards.uniform_teacher.nats", "no term has target: teacher"],
         ),
-        (BASE + "guards: {truncation: {action: off, share: 0.9}}\n", ["guards.truncation.share", "action is off"]),
         (
             BASE + "guards: {policy_gap: {steps: 2}}\nlearner: {updates_per_batch: 2}\n",
             ["guards.policy_gap.steps", "updates_per_batch above 1"],

@@ -179,11 +179,14 @@ def test_overwrite_deletes_the_run_and_nothing_else(tmp_path):
     (path / "final" / "model.safetensors").unlink()
     (path / "final").rmdir()
     (path / "final").symlink_to(elsewhere)
+    (path / "tracker.json").write_text("{}")
+    (path / "tensorboard").mkdir()
     with create(path, "overwrite") as run:
         assert not read_metrics(run.path) and not read_evals(run.path) and read_summary(run.path) is None
         names = {p.name for p in path.iterdir()}
     assert names == {"run.lock", "config.json", "environment.json", "notes.txt"}
     assert (elsewhere / "model.safetensors").read_text() == "precious"
+    assert not (path / "tracker.json").exists() and not (path / "tensorboard").exists()
 
 
 def test_overwrite_never_deletes_the_model_that_the_new_run_starts_from(tmp_path, monkeypatch):

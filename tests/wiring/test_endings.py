@@ -56,7 +56,7 @@ def test_a_guard_that_is_told_to_stop_ends_the_run_resumable(models, tmp_path: P
     (event,) = [event for event in read_events(tmp_path / "run") if event["kind"] == "guard"]
     assert summary["status"] == "interrupted" and event["message"] in summary["stopped_by"]
     assert event["step"] == summary["steps"] < 40
-    opd.resume(tmp_path / "run", ["guards.policy_gap.action=warn", f"run.steps={summary['steps'] + 1}"], quiet=True)
+    opd.resume(tmp_path / "run", ["guards.policy_gap.action=off", f"run.steps={summary['steps'] + 1}"], quiet=True)
     assert read_summary(tmp_path / "run")["status"] == "done"
 
 

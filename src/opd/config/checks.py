@@ -291,9 +291,8 @@ def guard_rules(config: Config) -> Iterator[Problem]:
     """Guards that see something, and thresholds that can be met."""
     guards, blinded = config.guards, blind(config)
     for name, guard in ((name, getattr(guards, name)) for name in type(guards).model_fields if name != "window"):
-        why = f"guards.{name}.action is off" if guard.action == "off" else blinded.get(name)
-        options = [option for option in type(guard).model_fields if guard.action != "off" or option != "action"]
-        for option, value in _changed(guard, *options) if why else ():
+        why = None if guard.action == "off" else blinded.get(name)  # a recipe's guard may be switched off by a word
+        for option, value in _changed(guard, *type(guard).model_fields) if why else ():
             what = f"nothing reads it: {why}"
             yield Problem(f"guards.{name}.{option}", what, shown(value), allowed="leave it out")
     if guards.kl_rising.action != "off" and guards.kl_rising.steps < 2 * guards.window:

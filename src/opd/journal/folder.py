@@ -45,7 +45,9 @@ RESULTS = (
     *("metrics.jsonl", "evals.jsonl", "summary.json", "report.html"),
     *("rollouts", "views", "dumps", "checkpoints", "weights", "best", "final"),
 )
-TRACES = ("events.jsonl", *(name + TEMPORARY for name in RESULTS))  # of a run, too, but nobody would miss them
+TRACKERS = ("tracker.json", "tensorboard", "wandb")  # what trackers keep in the folder
+# Of a run, too, but nobody would miss them.
+TRACES = ("events.jsonl", *TRACKERS, *(name + TEMPORARY for name in RESULTS))
 JOURNAL_BYTES = 64 * 2**20  # room that metrics, evals and some steps of rollouts need in any case
 
 
