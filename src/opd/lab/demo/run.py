@@ -27,6 +27,7 @@ from opd.errors import BadInput, OpdError
 from opd.lab.worlds import sorting
 
 HELDOUT_PROBLEMS = 1000
+EVALS = 4  # evaluations on the way, the last one included: so that `opd compare` can say what a score cost
 QUICK_SHARE = 10  # --quick takes this share of the steps and of the problems
 MADE_HERE = {"prompts.jsonl", "heldout.jsonl", "own_answers.jsonl", "others.log", "full", "sampled", "self_sft"}
 
@@ -62,6 +63,8 @@ def run_demo(folder: Path, *, quick: bool) -> list[dict[str, Any]]:
     say(console, "")
     comparison(rows, console, title=f"{HELDOUT_PROBLEMS // (QUICK_SHARE if quick else 1)} held-out problems")
     say(console, f"The trained student: {folder / 'full' / 'final'}")
+    say(console, f"The run as a page:   {folder / 'full' / 'report.html'}")
+    say(console, f"Side by side:        opd compare {folder / 'full'} {folder / 'sampled'}")
     return rows
 
 
@@ -90,10 +93,10 @@ def load_recipe(folder: Path, arm: str, *, quick: bool) -> Overrides:
     merged["prompts"]["sources"] = [{"kind": "jsonl", "path": str(folder / data), "name": "sorting"}]
     task = {"name": "sorting", "grader": {"kind": "exact"}}
     task["source"] = {"kind": "jsonl", "path": str(folder / "heldout.jsonl"), "name": "heldout"}
-    merged["evals"] = {"tasks": [task]}
     merged["run"] = {**merged["run"], "folder": str(folder / arm)}
     if quick:
         merged["run"]["steps"] //= QUICK_SHARE
+    merged["evals"] = {"tasks": [task], "every": merged["run"]["steps"] // EVALS}
     return merged
 
 

@@ -382,6 +382,22 @@ window.addEventListener("resize", () => {
   resized = setTimeout(showCharts, 100);
 });
 
+/** Where to begin: at the answer with the worst token, of the step shown or of the one beside it. */
+function telling() {
+  let lowest = Infinity;
+  let found = 0;
+  for (const step of new Set([state.step, state.beside === null ? state.step : state.beside])) {
+    for (const answer of data.records[step].answers) {
+      const index = record().answers.findIndex((other) => other.key === answer.key);
+      for (const value of values(step, answer)) {
+        if (index >= 0 && value !== null && value < lowest) [lowest, found] = [value, index];
+      }
+    }
+  }
+  return found;
+}
+
 $("static").remove();
 $("app").hidden = false;
+state.answer = telling();
 restart();
