@@ -360,11 +360,14 @@ class EntropyCollapse(Guard):
 
 
 class KLRising(Guard):
-    """The divergence from the teacher rises, step after step (Mann-Kendall trend test), and the loss does not fall."""
+    """The divergence from the teacher rises, step after step (Mann-Kendall trend test), or jumps; and the loss does not
+    fall."""
 
     steps: int = Field(default=60, ge=20, le=2000, description="steps that are looked at; at least twice the window")
     times: float = Field(default=1.5, gt=1, description="reverse KL at their end against their beginning")
     nats: float = Field(default=0.02, gt=0, description="and so much more per token")
+    jump: float = Field(default=3.0, gt=1, description="or this many times that of the first steps,")
+    jump_nats: float = Field(default=0.2, gt=0, description="and so much more per token")
 
 
 class UniformTeacher(Guard):
@@ -391,9 +394,12 @@ class PolicyGap(Guard):
 
 
 class Guards(Spec):
-    """Signs that a run goes wrong, looked for after every step. "The first steps" are the first `window` ones."""
+    """Signs that a run goes wrong, looked for after every step. "The first steps" are the first `window` ones; until
+    there are twice as many, the first one alone."""
 
-    window: int = Field(default=20, ge=4, description="steps that are averaged")
+    window: int = Field(
+        default=20, ge=4, description="steps that are averaged; fewer than 10 give false alarms with small batches"
+    )
     length_blowup: LengthBlowup = LengthBlowup()
     truncation: Truncation = Truncation()
     end_slide: EndSlide = EndSlide()

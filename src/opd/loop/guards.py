@@ -1,9 +1,9 @@
 """Guards: signs in a run's metrics that it goes wrong.
 
 A guard is a function of the lines of `metrics.jsonl` up to a step. It keeps nothing, so that a resumed run goes on
-exactly. It reads the first `window` lines as what the run was like, and no more than the last `2 * window`, `window +
-kl_rising.steps` or `window + changed_teacher.every` as what it is like now. The two stretches never overlap, so guards
-that compare them are silent for the first `2 * window` steps.
+exactly. It reads the first `window` lines as what the run was like (or the first alone, see `opd.loop.lines`), and no
+more than the last `2 * window`, `window + kl_rising.steps` or `window + changed_teacher.every` as what it is like now.
+The two never overlap, so guards that compare them are silent for the first `window` steps.
 
 A guard speaks up when its sign is there and was not at any of the `window` steps before: once when it comes, and again
 only after it has been away for that long. A number that flickers around a threshold is told once.
@@ -12,12 +12,11 @@ only after it has been away for that long. A number that flickers around a thres
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opd.config.schema import (
     ChangedTeacher,
@@ -34,9 +33,8 @@ from opd.config.schema import (
 )
 from opd.config.schema import Guards as Spec
 from opd.config.watching import blind
+from opd.loop.lines import Limits, Line, Lines
 from opd.loop.trends import Change, change, rises
-
-Line = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,17 @@ class Sign:
 class Guards:
     """All guards of a run.
 
-    vocab_size   tokens that the teacher's distribution is over.
-    max_tokens   the limit of an answer's length.
-    blind        guards that have nothing to look at; `opd.config.watching` says which.
+    vocab_size           tokens that the teacher's distribution is over.
+    max_tokens           the limit of an answer's length.
+    samples_per_prompt   answers to one prompt.
+    blind                guards that have nothing to look at; `opd.config.watching` says which.
     """
 
-    def __init__(self, spec: Spec, *, vocab_size: int, max_tokens: int, blind: Collection[str] = ()) -> None:
+    def __init__(
+        self, spec: Spec, *, vocab_size: int, max_tokens: int, samples_per_prompt: int = 1, blind: Collection[str] = ()
+    ) -> None:
         self._spec = spec
-        self._limits = Limits(vocab_size=vocab_size, max_tokens=max_tokens)
+        self._limits = Limits(vocab_size=vocab_size, max_tokens=max_tokens, samples_per_prompt=samples_per_prompt)
         self._watching: list[tuple[str, Guard]] = [
             (name, guard) for name in GUARDS if _is_on(guard := getattr(spec, name)) and name not in blind
         ]
@@ -93,7 +94,7 @@ class Guards:
         return alarms
 
     def _sign(self, name: str, guard: Guard, history: Sequence[Line], end: int) -> Sign | None:
-        return GUARDS[name](guard, Lines(history, end, self._spec.window), self._limits)
+        return GUARDS[name](guard, Lines(history, end, self._spec.window, self._limits))
 
 
 def _is_on(guard: Guard) -> bool:
@@ -108,76 +109,45 @@ def _alarm(name: str, guard: Guard, sign: Sign) -> Alarm:
 def guards_for(config: Config, vocab_size: int) -> Guards:
     """The guards of a checked config."""
     return Guards(
-        config.guards, vocab_size=vocab_size, max_tokens=config.sampling.max_tokens, blind=blind(config).keys()
+        config.guards,
+        vocab_size=vocab_size,
+        max_tokens=config.sampling.max_tokens,
+        samples_per_prompt=config.sampling.samples_per_prompt,
+        blind=blind(config).keys(),
     )
-
-
-# ---- what a guard reads ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Limits:
-    vocab_size: int
-    max_tokens: int
-
-
-@dataclass(frozen=True)
-class Lines:
-    """The first `end` lines of a run: what its metrics were like in the beginning and are like now."""
-
-    history: Sequence[Line]
-    end: int
-    window: int
-
-    def last(self, key: str, steps: int, skip: int = 0) -> NDArray[np.float64]:
-        """float64 [steps]: the last `steps` values but for the last `skip`; NaN where there is none. Shorter when the
-        run is."""
-        stop = max(self.end - skip, 0)
-        return _column(self.history[max(stop - steps, 0) : stop], key)
-
-    def change(self, key: str) -> Change | None:
-        """From the first window to the last one; None while they overlap, or where the number is missing."""
-        if self.end < 2 * self.window:
-            return None
-        return change(_column(self.history[: self.window], key), self.last(key, self.window))
-
-
-def _column(lines: Sequence[Line], key: str) -> NDArray[np.float64]:
-    values = [line.get(key) for line in lines]
-    return np.array([math.nan if value is None else float(value) for value in values], dtype=np.float64)
 
 
 # ---- the guards --------------------------------------------------------------------------------------------------
 
 
-def length_blowup(spec: LengthBlowup, lines: Lines, limits: Limits) -> Sign | None:
+def length_blowup(spec: LengthBlowup, lines: Lines) -> Sign | None:
     length = lines.change("response_length")
     if length is None or not length.rose or length.after < spec.times * length.before:
         return None
-    if length.after < spec.room * limits.max_tokens:
+    if length.after < spec.room * lines.limits.max_tokens:
         return None
     message = (
         f"answers have {length.after:.0f} tokens on average over the last {lines.window} steps, {length.before:.0f} "
-        f"over the first; the limit is {limits.max_tokens}. Read some in rollouts/: if they ramble or loop, lower "
-        "optim.lr; if the teacher is as long, raise sampling.max_tokens"
+        f"{lines.beginning}; the limit is {lines.limits.max_tokens}. Read some in rollouts/: if they ramble or loop, "
+        "lower optim.lr; if the teacher is as long, raise sampling.max_tokens"
     )
-    return Sign(message, {**_facts("response_length", length), "max_tokens": limits.max_tokens})
+    return Sign(message, {**_facts("response_length", length), "max_tokens": lines.limits.max_tokens})
 
 
-def truncation(spec: Truncation, lines: Lines, limits: Limits) -> Sign | None:
+def truncation(spec: Truncation, lines: Lines) -> Sign | None:
     cut = lines.change("truncated")
     if cut is None or not cut.rose or cut.after < spec.share or cut.after - cut.before < spec.rise:
         return None
     message = (
-        f"{cut.after:.0%} of the answers are cut off at sampling.max_tokens = {limits.max_tokens} over the last "
-        f"{lines.window} steps, {cut.before:.0%} over the first. Read some in rollouts/: if they would have ended, "
+        f"{cut.after:.0%} of the answers are cut off at sampling.max_tokens = {lines.limits.max_tokens} over the last "
+        f"{lines.window} steps, {cut.before:.0%} {lines.beginning}. Read some in rollouts/: if they would have ended, "
         "raise sampling.max_tokens; if not, lower optim.lr, and compare the end tokens of student and teacher "
         "(opd train --dry-run)"
     )
-    return Sign(message, {**_facts("truncated", cut), "max_tokens": limits.max_tokens})
+    return Sign(message, {**_facts("truncated", cut), "max_tokens": lines.limits.max_tokens})
 
 
-def end_slide(spec: EndSlide, lines: Lines, limits: Limits) -> Sign | None:
+def end_slide(spec: EndSlide, lines: Lines) -> Sign | None:
     length, ended, probability = (lines.change(k) for k in ("response_length", "ended", "end_probability"))
     if length is None or ended is None or not length.rose or length.after < spec.times * length.before:
         return None
@@ -187,32 +157,32 @@ def end_slide(spec: EndSlide, lines: Lines, limits: Limits) -> Sign | None:
         return None
     facts = {**_facts("response_length", length), **_facts("ended", ended)}
     said = f"{ended.after:.0%} of the answers end by themselves over the last {lines.window} steps"
-    said += f" ({ended.before:.0%} over the first)"
+    said += f" ({ended.before:.0%} {lines.beginning})"
     if probability is not None:
         facts |= _facts("end_probability", probability)
         said += f", end tokens that are drawn have probability {probability.after:.2f} ({probability.before:.2f})"
     message = (
         f"the student forgets how to end: {said}, and answers grew from {length.before:.0f} to {length.after:.0f} "
         "tokens. Compare the end tokens of student and teacher (opd train --dry-run), lower optim.lr, or raise "
-        f"sampling.max_tokens (now {limits.max_tokens}) so that the teacher is asked about ends"
+        f"sampling.max_tokens (now {lines.limits.max_tokens}) so that the teacher is asked about ends"
     )
     return Sign(message, facts)
 
 
-def repetition(spec: Repetition, lines: Lines, limits: Limits) -> Sign | None:
+def repetition(spec: Repetition, lines: Lines) -> Sign | None:
     share = lines.change("repetition")
     if share is None or not share.rose or share.after < spec.share or share.after - share.before < spec.rise:
         return None
     message = (
         f"{share.after:.0%} of the tokens repeat what stands earlier in the same answer over the last {lines.window} "
-        f"steps, {share.before:.0%} over the first: answers go round in circles. Lower optim.lr or "
+        f"steps, {share.before:.0%} {lines.beginning}: answers go round in circles. Lower optim.lr or "
         "sampling.max_tokens; a teacher that likes its own loops scores them well"
     )
     return Sign(message, _facts("repetition", share))
 
 
-def entropy_collapse(spec: EntropyCollapse, lines: Lines, limits: Limits) -> Sign | None:
-    entropy, kl = lines.change("entropy"), lines.change("reverse_kl")
+def entropy_collapse(spec: EntropyCollapse, lines: Lines) -> Sign | None:
+    entropy, kl = lines.change("entropy", scale=spec.share * spec.nats), lines.change("reverse_kl")
     if entropy is None or kl is None or not entropy.fell:
         return None
     if entropy.after > spec.share * entropy.before or entropy.after > spec.nats:
@@ -221,14 +191,32 @@ def entropy_collapse(spec: EntropyCollapse, lines: Lines, limits: Limits) -> Sig
         return None  # sure of itself as its teacher is: what distillation is for
     message = (
         f"the student's entropy fell to {entropy.after:.3g} nats per token over the last {lines.window} steps from "
-        f"{entropy.before:.3g} over the first, and its reverse KL from the teacher is still {kl.after:.3g} "
+        f"{entropy.before:.3g} {lines.beginning}, and its reverse KL from the teacher is still {kl.after:.3g} "
         f"({kl.before:.3g}): it got sure of itself, not closer. Lower optim.lr, or take preset forward_kl or jsd, "
         "which keep more of the teacher's distribution"
     )
     return Sign(message, {**_facts("entropy", entropy), **_facts("reverse_kl", kl)})
 
 
-def kl_rising(spec: KLRising, lines: Lines, limits: Limits) -> Sign | None:
+def kl_rising(spec: KLRising, lines: Lines) -> Sign | None:
+    return _kl_jumps(spec, lines) or _kl_climbs(spec, lines)
+
+
+def _kl_jumps(spec: KLRising, lines: Lines) -> Sign | None:
+    kl, loss = lines.change("reverse_kl", scale=1.0), lines.change("loss")  # below a nat, drawn tokens scatter most
+    if kl is None or not kl.rose or kl.after < max(spec.jump * kl.before, kl.before + spec.jump_nats):
+        return None
+    if loss is not None and loss.after < loss.before:
+        return None  # as below
+    message = (
+        f"the reverse KL from the teacher jumped: {kl.before:.3g} nats per token {lines.beginning}, {kl.after:.3g} "
+        f"over the last {lines.window}. The student is getting worse, not better: lower optim.lr, to a tenth at "
+        "first, or warm up for longer (optim.warmup_steps)"
+    )
+    return Sign(message, _facts("reverse_kl", kl) | {"steps": lines.window})
+
+
+def _kl_climbs(spec: KLRising, lines: Lines) -> Sign | None:
     if lines.end < lines.window + spec.steps:  # the first steps are warm-up
         return None
     kl_T = lines.last("reverse_kl", spec.steps)
@@ -248,21 +236,22 @@ def kl_rising(spec: KLRising, lines: Lines, limits: Limits) -> Sign | None:
     return Sign(message, _facts("reverse_kl", kl) | {"steps": spec.steps})
 
 
-def uniform_teacher(spec: UniformTeacher, lines: Lines, limits: Limits) -> Sign | None:
+def uniform_teacher(spec: UniformTeacher, lines: Lines) -> Sign | None:
     mean_T, spread_T = (lines.last(key, spec.steps) for key in ("teacher_logprob", "teacher_spread"))
-    uniform = -math.log(limits.vocab_size)
+    uniform = -math.log(lines.limits.vocab_size)
     if len(mean_T) < spec.steps or not np.all((np.abs(mean_T - uniform) <= spec.nats) & (spread_T <= spec.nats)):
         return None
     mean, spread = float(mean_T.mean()), float(spread_T.mean())
     message = (
         f"the teacher is uniform: its log-probability of the answers' tokens is {mean:.2f} +- {spread:.2f} over the "
-        f"last {spec.steps} steps, and -log of its {limits.vocab_size} tokens is {uniform:.2f}. It knows nothing: look "
-        "whether its weights were loaded (teacher.model, teacher.revision), and at objective.teacher_temperature"
+        f"last {spec.steps} steps, and -log of its {lines.limits.vocab_size} tokens is {uniform:.2f}. It knows "
+        "nothing: look whether its weights were loaded (teacher.model, teacher.revision), and at "
+        "objective.teacher_temperature"
     )
     return Sign(message, {"teacher_logprob": mean, "teacher_spread": spread, "uniform": uniform})
 
 
-def changed_teacher(spec: ChangedTeacher, lines: Lines, limits: Limits) -> Sign | None:
+def changed_teacher(spec: ChangedTeacher, lines: Lines) -> Sign | None:
     looked_T = lines.last("teacher_fingerprint_changed", spec.every)
     looked_T = looked_T[np.isfinite(looked_T)]
     if not len(looked_T) or not looked_T[-1]:
@@ -275,7 +264,7 @@ def changed_teacher(spec: ChangedTeacher, lines: Lines, limits: Limits) -> Sign 
     return Sign(message, {})
 
 
-def policy_gap(spec: PolicyGap, lines: Lines, limits: Limits) -> Sign | None:
+def policy_gap(spec: PolicyGap, lines: Lines) -> Sign | None:
     mean_T, largest_T = (lines.last(key, spec.steps) for key in ("policy_gap", "policy_gap_max"))
     if len(mean_T) < spec.steps or not (np.all(mean_T >= spec.nats) or np.all(largest_T >= spec.largest)):
         return None
@@ -292,7 +281,7 @@ def _facts(key: str, seen: Change) -> dict[str, float]:
     return {f"{key}_before": seen.before, f"{key}_now": seen.after}
 
 
-GUARDS: dict[str, Callable[[Any, Lines, Limits], Sign | None]] = {
+GUARDS: dict[str, Callable[[Any, Lines], Sign | None]] = {
     "length_blowup": length_blowup,
     "truncation": truncation,
     "end_slide": end_slide,
