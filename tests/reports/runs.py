@@ -11,7 +11,7 @@ import numpy as np
 
 from opd.config.loading import load_config, resolved
 from opd.journal.folder import RunFolder
-from opd.journal.records import summary_record
+from opd.journal.records import Status, summary_record
 from opd.types import Prompt, Rollout, Row
 
 HOSTILE = (
@@ -58,17 +58,28 @@ def interval(mean: float, half: float = 0.03) -> dict[str, float]:
 
 
 def evaluation(
-    step: int, score: Mapping[str, float], *, task: str = "sorting", model: str = "student", text: str = "abc"
+    step: int,
+    score: Mapping[str, float],
+    *,
+    task: str = "sorting",
+    model: str = "student",
+    text: str = "abc",
+    problems: int | None = None,
+    source: str = "heldout",
+    ask: str = "sort",
 ) -> dict[str, Any]:
-    """A line of evals: ten answers of which as many are right as the score says."""
+    """A line of evals: ten answers of which as many are right as the score says. With a number of `problems` there are
+    so many, and their prompts are in the record (`ask` and a number); without, they cannot be paired."""
+    n = problems or 10
     answers = [
         {
-            **{"id": f"eval/{task}/{i}/0", "problem": f"heldout/{i}", "answer": f"{text} {i} at {step}"},
-            **{"score": float(i < 10 * score["mean"]), "reason": "", "tokens": 9, "finish_reason": "stop"},
+            **{"id": f"eval/{task}/{i}/0", "problem": f"{source}/{i}", "answer": f"{text} {i} at {step}"},
+            **({"prompt": f"{ask} {i}"} if problems else {}),
+            **{"score": float(i < n * score["mean"]), "reason": "", "tokens": 9, "finish_reason": "stop"},
         }
-        for i in range(10)
+        for i in range(n)
     ]
-    about = {"n": 10, "k": 1, "missing": 0, "ci_method": "wilson", "length": 9.0, "truncated": 0.0}
+    about = {"n": n, "k": 1, "missing": 0, "ci_method": "wilson", "length": 9.0, "truncated": 0.0}
     return {"step": step, "model": model, "task": task, **score, **about, "answers": answers}
 
 
@@ -96,7 +107,7 @@ def make_run(
     *,
     steps: int = 8,
     scores: Sequence[float] = (0.6, 0.9),
-    teacher: bool = True,
+    teacher_examined: bool = True,
     done: bool = True,
     rollouts_per_step: int = 4,
     written: int = 2,
@@ -106,6 +117,13 @@ def make_run(
     views: Mapping[int, Mapping[str, Any]] | None = None,
     change_line: Any = None,
     half: float = 0.03,
+    teacher_score: Mapping[str, float] = TEACHER,
+    problems: int | None = None,
+    source: str = "heldout",
+    ask: str = "sort",
+    status: Status = "done",
+    stopped_by: str | None = None,
+    resumes: int = 0,
     **options: Any,
 ) -> Path:
     """Writes a run. `scores` are spread evenly from step 0 to the last; `written` steps have rollouts, or all of them
@@ -113,12 +131,13 @@ def make_run(
     folder = RunFolder.create(
         path, existing="refuse", config=config(**options), config_hash="c0ffee", environment={"opd": "0", "threads": 1}
     )
+    asked: Any = {"text": text, "task": task, "problems": problems, "source": source, "ask": ask}
     with folder:
         at = [round(i * steps / max(len(scores) - 1, 1)) for i in range(len(scores))]
         if scores:
-            folder.log_eval(evaluation(0, interval(scores[0], half), text=text, task=task))
-            if teacher:
-                folder.log_eval(evaluation(0, TEACHER, model="teacher", text=text, task=task))
+            folder.log_eval(evaluation(0, interval(scores[0], half), **asked))
+            if teacher_examined:
+                folder.log_eval(evaluation(0, teacher_score, model="teacher", **asked))
         for step in range(1, steps + 1):
             numbers = line(step, steps)
             folder.log_step(step, step, change_line(step, numbers) if change_line else numbers)
@@ -126,7 +145,7 @@ def make_run(
                 folder.write_rollouts(step, rollouts(step, rollouts_per_step), lambda ids: text)
             for when, score in list(zip(at, scores, strict=True))[1:]:
                 if when == step:
-                    folder.log_eval(evaluation(step, interval(score, half), text=text, task=task))
+                    folder.log_eval(evaluation(step, interval(score, half), **asked))
         for event in events:
             folder.log_event(**event)
         for step, record in (views or {}).items():
@@ -134,20 +153,22 @@ def make_run(
         if done:
             folder.write_summary(
                 summary_record(
-                    status="done",
+                    status=status,
                     preset="reverse_kl",
                     task=task if scores else None,
-                    n=10 if scores else None,
+                    n=(problems or 10) if scores else None,
                     k=1 if scores else None,
                     ci_method="wilson" if scores else None,
                     student_before=interval(scores[0], half) if scores else None,  # pyright: ignore
-                    student_after=interval(scores[-1], half) if scores else None,  # pyright: ignore
-                    teacher=TEACHER if teacher and scores else None,  # pyright: ignore
+                    student_after=interval(scores[-1], half) if scores and status == "done" else None,  # pyright: ignore
+                    teacher=teacher_score if teacher_examined and scores else None,  # pyright: ignore
                     seconds=steps * 1.0 + 3,
                     seconds_by_phase={"rollout": 0.3 * steps, "update": 0.5 * steps, "load": 2.0},
                     tokens=40 * steps,
                     flops=9e9 * steps,
                     steps=steps,
+                    stopped_by=stopped_by,
+                    resumes=resumes,
                 )
             )
     return path

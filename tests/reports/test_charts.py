@@ -146,6 +146,16 @@ def test_a_level_line_looks_level_and_intervals_are_never_cut() -> None:
     assert len(whiskers) == 6 and max(spans) == pytest.approx(4 * sorted(spans)[-2], rel=0.02)
 
 
+def test_a_single_value_stands_on_an_axis_from_zero() -> None:
+    def ends(value: float, **given) -> tuple[float, float]:
+        scale = Scale.of([value, value], **given)
+        return scale.low, scale.high
+
+    assert ends(0.0, exact=True) == (0, 1) and ends(5.0, exact=True) == (0, 5)
+    assert ends(0.0) == (0, 1) and ends(8.0) == (0, 10) and ends(-8.0) == (-10, 0)
+    assert ends(1.0, limits=(0.0, 1.0)) == ends(0.0, limits=(0.0, 1.0)) == (0, 1)
+
+
 def test_many_intervals_become_a_band_and_a_reference_has_its_own() -> None:
     points = [(float(i), 0.5) for i in range(50)]
     many = Series(name="a", points=points, intervals=[(0.4, 0.6)] * 50)

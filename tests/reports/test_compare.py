@@ -34,10 +34,110 @@ def test_the_better_run_is_named_and_overlaps_are_not_told_apart(tmp_path: Path)
     assert clear.best == ["B"] and clear.verdict.startswith("Best is B b: 90.0 %")
     close = made(tmp_path / "2", a={"scores": (0.5, 0.87)}, b={"scores": (0.5, 0.9)}, c={"scores": (0.5, 0.6)})
     assert close.best == ["B", "A"]
-    assert "the intervals overlap with A a: no difference shown" in close.verdict and "clearly lower" in close.verdict
+    assert "no difference from A a is shown: the intervals overlap" in close.verdict
+    assert "The others are clearly lower" in close.verdict
     text = printed(close)
     assert re.search(r"A a +87\.0 %\* ", text) and re.search(r"C c +60\.0 %  ", text)
     assert max(map(len, text[: text.index("Highest is")].splitlines())) <= 80
+
+
+def test_runs_that_took_the_same_problems_are_paired(tmp_path: Path) -> None:
+    """Intervals that overlap hide ten problems better and none worse."""
+    asked = {"problems": 100, "half": 0.09}
+    two = made(tmp_path / "1", a={"scores": (0.5, 0.6), **asked}, b={"scores": (0.5, 0.7), **asked, "source": "other"})
+    assert two.best == ["B"] and two.verdict == "Best is B b: 70.0 % [61.0, 79.0]; its lead is not chance."
+    line = "B b against A a: better on 10 problems, worse on 0: not chance, p = 0.0020"
+    assert line in printed(two) and line in compare_page(two) and "is multiplied" not in printed(two)
+    chance = made(tmp_path / "2", a={"scores": (0.5, 0.66), **asked}, b={"scores": (0.5, 0.7), **asked})
+    assert chance.best == ["B", "A"] and "no difference from A a is shown: that could be chance" in chance.verdict
+    # Seven problems of one pair are not chance alone (p 0.016), but may be as the best of three pairs.
+    three = {name: {"scores": (0.5, after), **asked} for name, after in (("a", 0.63), ("b", 0.7), ("c", 0.5))}
+    several = made(tmp_path / "3", **three)
+    assert several.best == ["B"] and [(x, y, pair.p) for x, y, pair in several.pairs] == [
+        ("B", "A", 3 * 2 / 2**7),
+        ("B", "C", 3 * 2 / 2**20),
+    ]
+    assert "p is multiplied by 3" in printed(several) and "p is multiplied by 3" in compare_page(several)
+    three["a"]["scores"] = (0.5, 0.64)
+    assert made(tmp_path / "4", **three).best == ["B", "A"]
+
+
+def test_other_problems_are_not_paired_and_that_is_said(tmp_path: Path) -> None:
+    a = {"scores": (0.5, 0.6), "problems": 100, "half": 0.09}
+    two = made(tmp_path / "1", a=a, b={**a, "scores": (0.5, 0.7), "ask": "order"})
+    assert two.pairs == [] and two.best == ["B", "A"] and "the intervals overlap" in two.verdict
+    assert any("different problems of sorting: 0 of 100 are the same" in caveat for caveat in two.caveats)
+    fewer = made(tmp_path / "2", a=a, b={**a, "problems": 50})
+    assert fewer.pairs == [] and any("different numbers of problems" in caveat for caveat in fewer.caveats)
+
+
+def test_a_file_under_another_name_is_the_same_task(tmp_path: Path) -> None:
+    here, there = "evals.tasks.0.source.path", "evals.tasks.0.source.name"
+    both = made(
+        tmp_path / "1",
+        a={"problems": 100, here: "/data/sets/h.jsonl"},
+        b={"problems": 100, here: "h.jsonl", there: "mine", "source": "mine"},
+    )
+    assert not any("set up differently" in caveat or "different problems" in caveat for caveat in both.caveats)
+    assert both.differences == [] and both.pairs
+    other = made(
+        tmp_path / "2",
+        a={"problems": 100, "evals.tasks.0.grader.kind": "exact"},
+        b={"problems": 100, "evals.tasks.0.grader.kind": "math"},
+    )
+    assert any("set up differently (grader" in caveat for caveat in other.caveats)
+    longer = made(tmp_path / "3", a={"problems": 100}, b={"problems": 100, "sampling.max_tokens": "24"})
+    assert any("set up differently" in caveat for caveat in longer.caveats), "tasks take the sampling of training"
+    unknown = made(tmp_path / "4", a={here: "/data/one.jsonl"}, b={here: "/data/two.jsonl"})
+    assert any("set up differently (source" in c for c in unknown.caveats), "an old record does not hold the prompts"
+
+
+def test_models_and_data_are_the_same_by_their_fingerprints(tmp_path: Path) -> None:
+    def begun(**prints: str) -> list[dict[str, Any]]:
+        prints = {"student": "s", "teacher": "t-1", "data": "d"} | prints
+        return [{"step": 0, "kind": "start", "message": "the run begins", **prints}]
+
+    a = {"student.model": "models/student", "teacher.model": "models/teacher", "events": begun()}
+    b = {"student.model": "/x/models/student", "teacher.model": "/x/teacher", "events": begun(teacher="t-2")}
+    same = made(tmp_path / "1", a=a, b=b)
+    assert same.differences == [] and not any("start from different" in caveat for caveat in same.caveats)
+    other = made(tmp_path / "2", a=a, b={**b, "events": begun(teacher="u")})
+    assert [name for name, _ in other.differences] == ["teacher.model"]
+    assert any("different teachers" in caveat for caveat in other.caveats)
+    sft = {"student.model": "models/student", "teacher": "null", "objective.preset": "sft", "events": begun()}
+    assert "teacher.model" in dict(made(tmp_path / "3", a=a, b=sft).differences), "none is another one"
+
+
+def test_runs_of_different_tasks_show_their_own_scores(tmp_path: Path) -> None:
+    both = made(tmp_path, a={"task": "one", "scores": (0.5, 0.7)}, b={"task": "two", "scores": (0.5, 0.4)})
+    assert [arm.task for arm in both.arms] == ["one", "two"] and both.best == [] and both.level is None
+    text = printed(both)
+    assert re.search(r"A a +70\.0 % +\[67\.0, 73\.0\] +41 %", text) and re.search(r"B b +40\.0 % ", text)
+    assert "A on one" in text and "B on two" in text and "share no held-out task" in both.verdict
+    page = compare_page(both)
+    assert "70.0 %" in page and '<span class="note">two</span>' in page and "each run on its own task" in page
+
+
+def test_a_run_that_got_worse_lost_points(tmp_path: Path) -> None:
+    both = made(tmp_path, a={"scores": (0.5, 0.468)}, b={"scores": (0.5, 0.9)})
+    assert re.search(r"A a .* lost 3\.2 pt", printed(both)) and "lost 3.2 pt" in compare_page(both)
+    for said in (printed(both), compare_page(both)):
+        assert "step time" in said and "-7 %" not in said
+
+
+def test_cost_is_compared_among_those_that_got_better(tmp_path: Path) -> None:
+    runs = {name: {"scores": (0.5, after)} for name, after in (("a", 0.8), ("b", 0.9), ("worse", 0.4))}
+    three = made(tmp_path, **runs)
+    assert three.level == 0.8 and three.arms[2].reached is None and three.per_cost is not None
+    assert "worse" not in three.per_cost
+
+
+def test_what_changed_on_the_way_is_said(tmp_path: Path) -> None:
+    event = {"step": 3, "kind": "changed", "message": "optim.lr changes from 1e-4 to 5e-5"}
+    both = made(tmp_path, a={"events": [event]}, b={})
+    assert [caveat for caveat in both.caveats if "changed on the way" in caveat] == [
+        "A a: options or the machine changed on the way (its report says which)."
+    ]
 
 
 def test_cost_to_the_best_common_score(tmp_path: Path) -> None:

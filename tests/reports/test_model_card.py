@@ -128,6 +128,11 @@ def test_card_without_teacher_or_scores():
     assert "- Teacher: none" in text and "No held-out task was taken." in text and "None" not in text
 
 
+def test_a_student_that_got_worse_lost_points() -> None:
+    text = card(resolved(), student_after={"mean": 0.7, "low": 0.6, "high": 0.8})
+    assert "The student lost 4.2 points." in text and "closed" not in text
+
+
 def test_the_card_of_an_adapter_says_how_to_load_it() -> None:
     config = resolved()
     config["student"]["lora"] = {"rank": 8}

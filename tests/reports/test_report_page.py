@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import html
 import json
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from opd.errors import BadInput, DataError
+from opd.journal.records import EventKind
 from opd.reports.page.curves import figures
 from opd.reports.page.report import LIMIT, report, write_report
 from opd.reports.run_data import read_run
 from tests.cli.test_train import opd
 from tests.reports.graded import english
-from tests.reports.runs import HOSTILE, config, make_run
+from tests.reports.runs import HOSTILE, config, interval, make_run
 
 
 def shown(page: str) -> str:
@@ -35,10 +41,11 @@ def test_the_first_sentence_says_whether_it_worked(tmp_path: Path) -> None:
     same = shown(report(read_run(make_run(tmp_path / "b", scores=(0.6, 0.62)))))
     assert "The intervals overlap, so no difference is shown" in same and "clearly" not in same
     worse = shown(report(read_run(make_run(tmp_path / "c", scores=(0.6, 0.3)))))
-    assert "clearly worse" in worse and "the gap between them grew by 77 %" in worse
+    assert "clearly worse" in worse and "Its teacher gets 99.0 %; the student lost 30.0 points" in worse
+    assert "gap closed none, the student lost 30.0 points" in worse and "-77" not in worse
     none = shown(report(read_run(make_run(tmp_path / "d", scores=()))))
     assert "nothing says whether the student got better" in none
-    alone = shown(report(read_run(make_run(tmp_path / "e", scores=(0.6, 0.9), teacher=False))))
+    alone = shown(report(read_run(make_run(tmp_path / "e", scores=(0.6, 0.9), teacher_examined=False))))
     assert "clearly better" in alone and "Its teacher" not in alone and "of the gap" not in alone
 
 
@@ -84,6 +91,7 @@ def test_bad_steps_gaps_and_guards_are_said_first(tmp_path: Path) -> None:
 
 def test_a_run_that_goes_on_was_killed_or_lacks_everything_has_a_page(tmp_path: Path) -> None:
     killed = make_run(tmp_path / "a", done=False)
+    (killed / "run.lock").write_bytes(b'{"format":"opd-run"')  # torn: nobody knows whose it was
     with (killed / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 9, "reve')
     page = shown(report(read_run(killed)))
@@ -214,3 +222,110 @@ def test_the_page_reads_without_scripts(browser, tmp_path: Path) -> None:
     with browser.open(write_report(make_run(tmp_path / "a")), scripts=False) as tab:
         assert tab.problems() == []
         assert tab.png()
+
+
+def test_before_and_after_are_compared_problem_by_problem(tmp_path: Path) -> None:
+    """Overlapping intervals hide this one: ten problems better, none worse."""
+    asked = {"problems": 100, "half": 0.09}
+    better = shown(report(read_run(make_run(tmp_path / "a", scores=(0.6, 0.7), **asked))))
+    assert "after 8 steps: clearly better. It is better on 10 problems, worse on 0: not chance, p = 0.0020." in better
+    assert "exact sign test" in better and "below 0.05 it is not called chance" in better
+    chance = shown(report(read_run(make_run(tmp_path / "b", scores=(0.6, 0.63), **asked))))
+    assert "no difference shown. It is better on 3 problems, worse on 0: could be chance, p = 0.25." in chance
+    worse = shown(report(read_run(make_run(tmp_path / "c", scores=(0.6, 0.5), **asked))))
+    assert "clearly worse. It is better on 0 problems, worse on 10: not chance, p = 0.0020." in worse
+    strict = make_run(tmp_path / "d", scores=(0.6, 0.7), **asked, **{"evals.confidence": "0.999"})
+    assert "could be chance, p = 0.0020" in shown(report(read_run(strict)))
+
+
+STOP = "stopped after 8 of 100 steps; the student so far is in runs/a/final; to go on: opd resume runs/a"
+
+
+@pytest.mark.parametrize(
+    ("status", "why", "says"),
+    [
+        ("interrupted", STOP, f"Interrupted: {STOP}"),
+        (
+            "failed",
+            "the disk is full",
+            "Failed: the disk is full (8 of 100 steps are in the record). To go on: opd resume",
+        ),
+        ("interrupted", None, "Interrupted after 8 of 100 steps. To go on: opd resume"),
+    ],
+)
+def test_how_a_run_ended_is_a_sentence(tmp_path: Path, status, why, says) -> None:
+    page = shown(report(read_run(make_run(tmp_path / "a", status=status, stopped_by=why))))
+    assert says in page and "by stopped" not in page
+    assert page.count("opd resume") == 1
+
+
+HOLD = "import sys, time; from opd.journal.lock import Lock; from pathlib import Path\n"
+HOLD += "lock = Lock.take(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_killed_run_is_told_from_one_that_goes_on(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a b", done=False)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        assert read_run(path).status == "going on"
+        page = shown(report(read_run(path)))
+        assert "This run is going on: 8 of 100 steps so far" in page and "opd resume" not in page
+        process.kill()
+    page = shown(report(read_run(path)))
+    assert f"This run was killed after 8 of 100 steps: its process has ended. To go on: opd resume '{path}'" in page
+    lock = (path / "run.lock").read_text()
+    (path / "run.lock").write_text(lock.replace(platform.node(), f"not{platform.node()}").rstrip())
+    page = shown(report(read_run(path)))
+    assert "goes on on another machine, or it was killed there" in page and read_run(path).status == "not finished"
+    (path / "config.json").unlink()
+    assert "start it again with opd train" in shown(report(read_run(path)))
+    given_back = shown(report(read_run(make_run(tmp_path / "c", done=False))))
+    assert "ended after 8 of 100 steps without a result. To go on: opd resume" in given_back
+
+
+def test_a_reader_never_holds_the_lock(tmp_path: Path, monkeypatch) -> None:
+    path = make_run(tmp_path / "a", done=False)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: pytest.fail("a reader must not lock"))
+    assert read_run(path).writer == "gone"
+
+
+def test_a_teacher_below_the_student_is_said_first(tmp_path: Path) -> None:
+    def first(name: str, **given) -> str:
+        page = shown(report(read_run(make_run(tmp_path / name, scores=(0.6, 0.7), problems=100, **given))))
+        return page[: page.index("Did it work")]
+
+    low = {"teacher_score": interval(0.5)}
+    said = first("a", **low)
+    assert "The teacher gets 50.0 % of sorting right, less than the student before training (60.0 %)" in said
+    assert "The student is better on 10 problems, worse on 0: not chance" in said and "quantisation" not in said
+    assert "teacher.quantisation=int4, which may be the reason" in first("b", **low, **{"teacher.quantisation": "int4"})
+    assert "The teacher gets" not in first("c") + first("d", teacher_score=interval(0.6))
+
+
+@pytest.mark.parametrize(("times", "said"), [(0, None), (1, "once"), (2, "twice"), (3, "3 times")])
+def test_how_often_it_was_resumed(tmp_path: Path, times: int, said: str | None) -> None:
+    page = shown(report(read_run(make_run(tmp_path / "a", resumes=times))))
+    assert (f"resumed {said} " in page) if said else "resumed " not in page.replace("nothing was resumed", "")
+
+
+def test_events_of_every_kind_are_shown_in_words(tmp_path: Path) -> None:
+    kinds = [kind for kind in get_args(EventKind) if kind != "start"]
+    events = [{"step": i, "kind": kind, "message": f"what {kind} says"} for i, kind in enumerate(kinds)]
+    events.insert(0, {"step": 0, "kind": "start", "message": "the run begins"})
+    page = shown(report(read_run(make_run(tmp_path / "a", events=events))))
+    table = page[page.index("Events") : page.index("Where time")]
+    words = ["resumed", "changed on resume", "checkpoint passed over", "guard", "out of memory", "step skipped"]
+    words += ["adapter", "tracker", "ended early"]
+    for i, (kind, word) in enumerate(zip(kinds, words, strict=True)):
+        assert f"{i} {word} what {kind} says" in table
+    assert "the run begins" not in table
+    first = page[: page.index("Did it work")]
+    assert f"resumed at step {kinds.index('changed')}: what changed says" in first
+
+
+def test_one_measurement_and_a_constant_rate_have_sensible_axes(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "a", scores=(0.6,), change_line=lambda step, line: line | {"lr": 1e-5}))
+    made = {figure.key: figure.chart for figure in figures(run)}
+    assert made["task-0"].hover["domain"] == [0, 1]
+    ticks = re.findall(r'text-anchor="end">(.*?)</text>', made["lr"].svg)
+    assert ticks == ["0", "5e-6", "1e-5"]

@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from opd.evals.intervals import Estimate
 from opd.evals.tasks import EvalResult
+from opd.journal.reader import read_summary
 from opd.reports import figures, table
 from tests.journal.test_records import make_summary
 from tests.reports.parts import HOSTILE, plain_console, terminal
+from tests.reports.runs import make_run
 
 ARMS = [
     {"name": "student", "mean": 0.742, "low": 0.702, "high": 0.779},
@@ -160,3 +162,33 @@ def test_a_run_that_was_stopped_says_that_its_end_was_not_measured():
     results(summary, console)
     text = console.export_text()
     assert "not measured after training: the run is interrupted" in text and "none to close" not in text
+
+
+def test_a_run_that_was_stopped_shows_where_its_student_is(tmp_path) -> None:
+    asked = {"problems": 100, "half": 0.09, "teacher_score": {"mean": 0.9, "low": 0.8, "high": 0.95}}
+    run = make_run(tmp_path / "a", steps=20, scores=(0.6, 0.65, 0.7), status="interrupted", **asked)
+    summary = read_summary(run)
+    assert summary is not None and summary["student_after"] is None
+    for make in (plain_console, terminal):
+        console, raw = make()
+        table.results(summary, console, folder=run)
+        text = "\n".join(lines_of(raw))
+        assert re.search(r"student at step 20 +70\.0 % +\[61\.0, 79\.0\]", text) and "student after" not in text
+        assert "student: better on 10 problems, worse on 0: not chance, p = 0.0020" in text
+        assert "gap closed: 33 %" in text and "not measured" not in text
+    console, raw = plain_console()
+    table.results(summary, console)
+    assert "student was not measured after training" in raw.getvalue().decode()
+    (run / "evals.jsonl").write_text("{torn\n{}\n")
+    console, raw = plain_console()
+    table.results(summary, console, folder=run)
+    assert "student was not measured after training" in raw.getvalue().decode()
+
+
+def test_a_student_that_got_worse_lost_points() -> None:
+    console, raw = plain_console()
+    table.results(make_summary(student_after={"mean": 0.7, "low": 0.6, "high": 0.8}), console)
+    assert "gap closed: none, the student lost 4.2 points" in raw.getvalue().decode()
+    assert [figures.closed(*gap) for gap in ((0.5, 0.1, 0.2), (-2.0, 0.5, 0.25), (None, 0.5, 0.25))] == [
+        *("50 %", "lost 25.0 points", "-")
+    ]

@@ -36,6 +36,9 @@ PAYLOADS = (
 )
 
 
+BY_DOMAIN = "document.querySelector('#token-by-domain').parentNode.getClientRects().length > 0"
+
+
 @contextmanager
 def shown(browser: Browser, folder: Path, what: Any, **window: Any) -> Iterator[Tab]:
     """A record's own page, or a view of several in a page; nothing may go wrong on it."""
@@ -172,9 +175,10 @@ def test_filter_by_domain_answer_and_teacher(browser: Browser, tmp_path: Path):
     record["answers"][0]["domain"] = ""
     with shown(browser, tmp_path, record) as tab:
         ids = "[...document.querySelectorAll('#token-answer option')].map(o => o.textContent)"
+        wide = tab.js("document.querySelector('#token-by-domain svg').getAttribute('width')")
         tab.select("#token-domain", "=reading")
         assert tab.js(ids) == ["2. 0-1", "5. 0-4"]
-        assert tab.js("document.querySelector('#token-by-domain').innerText || ''").count("\n") <= 1
+        assert not tab.js(BY_DOMAIN), "one bar compares nothing"
         tab.press("n")
         found = [w for w in worst(check(record), 1000, "teacher") if w[0] in (1, 4)]
         assert f"token {found[0][1] + 1} of" in panel(tab)
@@ -185,7 +189,8 @@ def test_filter_by_domain_answer_and_teacher(browser: Browser, tmp_path: Path):
         tab.select("#token-domain", "=")  # no name is a domain too
         assert tab.js(ids) == ["1. 0-0"]
         tab.select("#token-domain", "all")
-        assert len(tab.js(ids)) == 6
+        assert len(tab.js(ids)) == 6 and tab.js(BY_DOMAIN)
+        assert tab.js("document.querySelector('#token-by-domain svg').getAttribute('width')") == wide
         tab.select("#token-answer", "3")
         assert "0-3" in tab.js("document.querySelector('.token-facts').innerText")
 
@@ -238,7 +243,24 @@ def test_charts_have_the_means(browser: Browser, tmp_path: Path):
         domains = tab.js(
             "[...document.querySelectorAll('#token-by-domain .token-domain title')].map(t => t.textContent)"
         )
-        assert sorted(domains) == ["arithmetic", "code", "reading"]
+        assert sorted(domains) == ["arithmetic", "code", "reading"] and tab.js(BY_DOMAIN)
+        assert tab.js("document.querySelector('#token-by-position text').textContent") == "nats per token"
+
+
+def test_one_domain_has_no_chart_of_domains(browser: Browser, tmp_path: Path):
+    record = english(4, 25)
+    for answer in record["answers"]:
+        answer["domain"] = "sorting"
+    with shown(browser, tmp_path, record) as tab:
+        assert not tab.js(BY_DOMAIN) and tab.js("document.querySelectorAll('#token-by-position circle').length")
+        tab.select("#token-colour", "kl")
+        assert not tab.js(BY_DOMAIN)
+
+
+def test_the_legend_says_what_blue_is():
+    assert "<b>Blue</b>: the teacher likes it more than the student did." in graded_page(check(english(1, 5)))
+    alone = graded_page(check(english(1, 5, student=False)))
+    assert "than the student did" not in alone and "<b>Blue</b>: it is more expected" in alone
 
 
 def test_ends_parts_white_space_and_truncation_are_marked(browser: Browser, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,16 @@ from rich.console import Console
 
 from opd.errors import BadInput
 from opd.journal.records import gap_closed
-from opd.reports.figures import count, duration, interval, percent
-from opd.reports.options import MISSING, differences
+from opd.reports.caveats import caveats, only_names
+from opd.reports.figures import closed, count, duration, interval, percent
+from opd.reports.options import differences
+from opd.reports.paired import Paired, paired
 from opd.reports.progress import say
 from opd.reports.run_data import RunData, read_run
 from opd.reports.table import draw, strip
 
 MOST = 12  # runs that one picture can hold
-NAME = 18  # characters of a name on the terminal
+NAME = 14  # characters of a name on the terminal
 VALUE = 22  # and of an option's value
 
 
@@ -28,6 +29,7 @@ class Arm:
     """One run of a comparison.
 
     letter        how tables and charts call it: A, B, ...
+    task          the held-out task of its scores: the one that is compared, or without one its own; None: none.
     before        the student's score before training; `after` its newest one; `teacher`. None where not measured.
     gap_closed    as in summary.json.
     tokens        trained on; `flops` of training without evaluations; `seconds` of rollout, scoring, update and sync.
@@ -37,6 +39,7 @@ class Arm:
 
     letter: str
     run: RunData
+    task: str | None
     before: Mapping[str, Any] | None
     after: Mapping[str, Any] | None
     teacher: Mapping[str, Any] | None
@@ -56,8 +59,12 @@ class Comparison:
     """What several runs say together.
 
     task         the held-out task that is compared; None when they share none.
-    level        the best score that every run reached: what it cost each is compared; None without one.
-    best         letters of the runs with the highest score, and of those whose intervals overlap with it.
+    level        the best score that every run reached that got better than all began: what it cost each is compared;
+                 None with fewer than two such runs.
+    best         letters of the run with the highest score, and of those that cannot be told from it.
+    pairs        (letter of the highest, letter of another, the two problem by problem): those that were asked the same
+                 problems. p is multiplied by the number of pairs among the runs, since the highest is picked of all.
+    confidence   of what is called a difference.
     cheapest     letter of the run that reached the level with the fewest FLOPs.
     verdict      which is better, in a sentence.
     per_cost     which is cheaper, in a sentence; None when nothing can be said.
@@ -69,6 +76,8 @@ class Comparison:
     task: str | None
     level: float | None
     best: Sequence[str]
+    pairs: Sequence[tuple[str, str, Paired]]
+    confidence: float
     cheapest: str | None
     verdict: str
     per_cost: str | None
@@ -96,22 +105,27 @@ def compare(runs: Sequence[RunData]) -> Comparison:
     task = shared[0] if shared else None
     level = _level(runs, task)
     arms = [_arm(chr(ord("A") + i), run, task, level) for i, run in enumerate(runs)]
-    best, verdict = _best(arms, task)
+    confidence = max(run.confidence for run in runs)
+    pairs = _pairs(arms, task)
+    best, verdict = _best(arms, task, pairs, confidence)
     reached = [arm for arm in arms if arm.reached is not None]
     cheapest, per_cost = None, None
     if level is not None and len(reached) > 1:
         order = sorted(reached, key=lambda arm: arm.reached["flops"] if arm.reached else 0.0)
         cheapest, per_cost = order[0].letter, _per_cost(order, level)
+    same = only_names(runs, task)
     return Comparison(
         arms=arms,
         task=task,
         level=level,
         best=best,
+        pairs=pairs,
+        confidence=confidence,
         cheapest=cheapest,
         verdict=verdict,
         per_cost=per_cost,
-        caveats=_caveats(arms, task),
-        differences=differences([run.config for run in runs]),
+        caveats=caveats({arm.letter: arm.run for arm in arms}, task),
+        differences=[row for row in differences([run.config for run in runs]) if not same.fullmatch(row[0])],
     )
 
 
@@ -127,12 +141,15 @@ def show_comparison(made: Comparison, console: Console | None = None) -> None:
             rows.append((_short(arm.name, NAME), "-", "-", "-", ""))
             continue
         mark = "*" if arm.letter in made.best else " "
-        closed = "-" if arm.gap_closed is None else f"{100 * arm.gap_closed:.0f} %"
-        cells = (f"{percent(arm.after['mean'])}{mark}", interval(arm.after), closed)
+        cells = (f"{percent(arm.after['mean'])}{mark}", interval(arm.after), gap(arm))
         rows.append((_short(arm.name, NAME), *cells, strip(arm.after, start, end)))
     header = ("", "accuracy ", "interval", "gap closed", f"{100 * start:.0f} % to {100 * end:.0f} %")
     notes = ["* highest, and what cannot be told from it"] if len(made.best) > 1 else []
-    draw(console, f"{made.task or 'no shared task'}: scores after training", header, rows, notes)
+    title = f"{made.task}: scores after training" if made.task else "no shared task: scores after training on their own"
+    draw(console, title, header, rows, notes)
+    if made.task is None:
+        for arm in made.arms:
+            say(console, f"{arm.letter} on {arm.task or 'none'}")
     say(console, "")
     to_level = "" if made.level is None else f"FLOPs to {percent(made.level)}"
     costs = []
@@ -141,9 +158,12 @@ def show_comparison(made: Comparison, console: Console | None = None) -> None:
         own = (f"{arm.run.steps:,}", count(arm.tokens), count(arm.flops), duration(arm.seconds))
         reached = "-" if arm.reached is None else f"{count(arm.reached['flops'])}{mark}"
         costs.append((_short(arm.name, NAME), *own, *([reached] if to_level else [])))
-    draw(console, "", ("", "steps", "tokens", "FLOPs", "time", *([f"{to_level} "] if to_level else [])), costs, [])
+    draw(console, "", ("", "steps", "tokens", "FLOPs", "step time", *([f"{to_level} "] if to_level else [])), costs, [])
     say(console, "")
     say(console, made.verdict, "bold")
+    for line in (*against(made), correction(made)):
+        if line:
+            say(console, line)
     if made.per_cost:
         say(console, made.per_cost)
     for caveat in made.caveats:
@@ -156,10 +176,31 @@ def show_comparison(made: Comparison, console: Console | None = None) -> None:
         say(console, "The configs are the same.")
 
 
+def against(made: Comparison) -> list[str]:
+    """The highest against every other, problem by problem, in words; nothing where that cannot be said."""
+    names = {arm.letter: arm.name for arm in made.arms}
+    return [f"{names[a]} against {names[b]}: {pair.words(made.confidence)}" for a, b, pair in made.pairs]
+
+
+def correction(made: Comparison) -> str:
+    """What was done to p because several runs were compared; empty where nothing was."""
+    scored = len(_scored(made.arms))
+    pairs = scored * (scored - 1) // 2
+    return f"p is multiplied by {pairs}, the number of pairs among the runs." if made.pairs and pairs > 1 else ""
+
+
+def gap(arm: Arm) -> str:
+    """How much of the gap to the teacher is closed, for a narrow column."""
+    if arm.before is None or arm.after is None:
+        return "-"
+    return closed(arm.gap_closed, arm.before["mean"], arm.after["mean"]).replace(" points", " pt")
+
+
 # ---- what is compared ---------------------------------------------------------------------------------------------
 
 
-def _arm(letter: str, run: RunData, task: str | None, level: float | None) -> Arm:
+def _arm(letter: str, run: RunData, shared: str | None, level: float | None) -> Arm:
+    task = shared or (run.tasks[0] if run.tasks else None)
     before, after, teacher = (None if task is None else run.score(task, w) for w in ("before", "after", "teacher"))
     spent = run.spent()
     reached = None
@@ -172,6 +213,7 @@ def _arm(letter: str, run: RunData, task: str | None, level: float | None) -> Ar
     return Arm(
         letter=letter,
         run=run,
+        task=task,
         before=before,
         after=after,
         teacher=teacher,
@@ -184,35 +226,56 @@ def _arm(letter: str, run: RunData, task: str | None, level: float | None) -> Ar
 
 
 def _level(runs: Sequence[RunData], task: str | None) -> float | None:
-    """The lowest of the runs' best scores, when it lies above where they all started."""
+    """The lowest of the best scores above where all runs started; a run that never got there has no say."""
     if task is None:
         return None
-    scores = [[row["mean"] for row in run.scores(task) if row["step"] > 0] for run in runs]
     starts = [row["mean"] for run in runs if (row := run.score(task, "before")) is not None]
-    if not all(scores):
-        return None
-    level = min(max(row) for row in scores)
-    return level if all(level > start for start in starts) else None
+    most = [max((row["mean"] for row in run.scores(task) if row["step"] > 0), default=0.0) for run in runs]
+    better = [score for score in most if score > max(starts, default=0.0)]
+    return min(better) if len(better) > 1 else None
 
 
-def _best(arms: Sequence[Arm], task: str | None) -> tuple[list[str], str]:
-    scored = sorted((arm for arm in arms if arm.after is not None), key=lambda a: -_mean(a))
+def _pairs(arms: Sequence[Arm], task: str | None) -> list[tuple[str, str, Paired]]:
+    """The arm with the highest score against every other, best first, where both were asked the same problems."""
+    scored = _scored(arms) if task is not None else []
+    among = len(scored) * (len(scored) - 1) // 2
+    both = [(other, paired(other.after, scored[0].after)) for other in scored[1:]]
+    return [(scored[0].letter, other.letter, pair.times(among)) for other, pair in both if pair is not None]
+
+
+def _best(
+    arms: Sequence[Arm], task: str | None, pairs: Sequence[tuple[str, str, Paired]], confidence: float
+) -> tuple[list[str], str]:
+    """Letters of the highest score and of what cannot be told from it, and a sentence about them."""
+    scored = _scored(arms)
     if task is None:
         return [], "The runs share no held-out task, so nothing says which is better."
     if len(scored) < 2:
         return [], f"Fewer than two runs have a score on {task} after training, so nothing says which is better."
     top = scored[0]
     assert top.after is not None
-    equal = [arm for arm in scored[1:] if arm.after is not None and arm.after["high"] >= top.after["low"]]
+    clear = {other: pair.is_clear(confidence) for _, other, pair in pairs}
+    equal = []
+    for arm in scored[1:]:
+        assert arm.after is not None
+        if not clear.get(arm.letter, arm.after["high"] < top.after["low"]):
+            equal.append(arm)
     said = f"{top.name}: {percent(_mean(top))} {interval(top.after)}"
-    if not equal:
-        return [top.letter], f"Best is {said}; its interval lies above every other."
     names = ", ".join(arm.name for arm in equal)
+    if not equal:
+        how = "its lead is not chance" if pairs else "its interval lies above every other"
+        return [top.letter], f"Best is {said}; {how}."
     others = "" if len(equal) == len(scored) - 1 else " The others are clearly lower."
+    why = "that could be chance" if all(arm.letter in clear for arm in equal) else "the intervals overlap"
     return (
         [top.letter, *(arm.letter for arm in equal)],
-        f"Highest is {said}, but the intervals overlap with {names}: no difference shown.{others}",
+        f"Highest is {said}, but no difference from {names} is shown: {why}.{others}",
     )
+
+
+def _scored(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms with a score after training, the highest first."""
+    return sorted((arm for arm in arms if arm.after is not None), key=lambda arm: -_mean(arm))
 
 
 def _per_cost(order: Sequence[Arm], level: float) -> str:
@@ -222,56 +285,8 @@ def _per_cost(order: Sequence[Arm], level: float) -> str:
     said += f" and {count(first.reached['tokens'])} trained tokens"
     if first.reached["flops"] > 0:
         ratio = last.reached["flops"] / first.reached["flops"]
-        said += f"; {last.name} took {ratio:.2g} times the FLOPs" if ratio >= 1.05 else "; the others took as many"
+        said += f"; {last.name} took {f'{ratio:.2g} times the' if ratio >= 1.05 else 'as many'} FLOPs"
     return said + ". That is the first evaluation at or above it: more evaluations (evals.every) make it sharper."
-
-
-def _caveats(arms: Sequence[Arm], task: str | None) -> list[str]:
-    made = []
-    for arm in arms:
-        if arm.run.status != "done":
-            made.append(f"{arm.name} is {arm.run.status}: {arm.run.steps:,} steps are in its record.")
-        if task is not None and arm.after is not None and arm.after["step"] < arm.run.steps:
-            made.append(f"{arm.name}: its newest score is that of step {arm.after['step']:,}.")
-    if task is None:
-        named = "; ".join(f"{arm.letter}: {', '.join(arm.run.tasks) or 'none'}" for arm in arms)
-        made.append(f"Their held-out tasks are different ones ({named}).")
-    else:
-        taken = [(arm.after or arm.before or {}).get("n") for arm in arms]
-        if len({n for n in taken if n is not None}) > 1:
-            made.append(f"They were asked different numbers of problems of {task}: {_by_letter(arms, taken)}.")
-        setups = [_task_setup(arm.run, task) for arm in arms]
-        if len(set(setups)) > 1:
-            made.append(f"The task {task} is set up differently (its source, grader or sampling: see the differences).")
-    for option, what in (("student.model", "students"), ("teacher.model", "teachers")):
-        values = {value for arm in arms if (value := arm.run.option(option)) is not None}  # sft has no teacher
-        if len(values) > 1:
-            made.append(f"They start from different {what}: a better score may be theirs, not the method's.")
-    seeds = [arm.run.option("run.seed") for arm in arms]
-    if len(set(seeds)) > 1:
-        made.append(f"Their seeds differ: {_by_letter(arms, seeds)}.")
-    else:
-        made.append("One seed each: the intervals hold the luck of the problems, not that of the training.")
-    machines = [_machine(arm.run) for arm in arms]
-    if len(set(machines)) > 1:
-        made.append("They ran on different hardware, threads or versions: compare their times with care.")
-    return made
-
-
-def _task_setup(run: RunData, task: str) -> str:
-    tasks = run.option("evals.tasks") or []
-    return json.dumps([one for one in tasks if isinstance(one, Mapping) and one.get("name") == task], sort_keys=True)
-
-
-def _machine(run: RunData) -> str:
-    environment = run.environment or {}
-    kept = ("machine", "torch", "threads", "cpu_capability", "cuda", "device", "opd")
-    return json.dumps({key: environment.get(key) for key in kept}, sort_keys=True, default=str)
-
-
-def _by_letter(arms: Sequence[Arm], values: Sequence[Any]) -> str:
-    pairs = zip(arms, values, strict=True)
-    return ", ".join(f"{arm.letter} {MISSING if value is None else value}" for arm, value in pairs)
 
 
 def _mean(arm: Arm) -> float:

@@ -16,6 +16,13 @@ def interval(score: Mapping[str, Any]) -> str:
     return f"[{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
 
 
+def closed(gap: float | None, before: float | None, after: float | None) -> str:
+    """What `gap_closed` is: `91 %`; below 0, where a share says nothing, `lost 3.2 points`."""
+    if gap is None or before is None or after is None:
+        return "-"
+    return f"lost {100 * (before - after):.1f} points" if gap < 0 else f"{100 * gap:.0f} %"
+
+
 def count(number: float | None) -> str:
     """Three digits and a magnitude: 950, 12.1k, 3.40M, 8.2e+19 beyond."""
     if number is None:
@@ -29,9 +36,14 @@ def count(number: float | None) -> str:
     return f"{number:.2g}"
 
 
-def counted(n: int, noun: str) -> str:
-    """1 answer, 4 answers."""
-    return f"{n} {noun}" + ("" if n == 1 else "s")
+def often(n: int) -> str:
+    """once, twice, 3 times."""
+    return {1: "once", 2: "twice"}.get(n, f"{n} times")
+
+
+def counted(n: int, noun: str, form: str = "") -> str:
+    """1 answer, 4 answers; with the form "," 4,000 answers."""
+    return f"{n:{form}} {noun}" + ("" if n == 1 else "s")
 
 
 def size(number: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from opd.config.objective import FORMULAS
-from opd.reports.figures import count, counted, duration, interval, percent
+from opd.reports.figures import closed, count, counted, duration, interval, percent
 from opd.reports.printable import printable
 
 LOAD = """```python
@@ -115,8 +115,10 @@ def _scores(summary: Mapping[str, Any]) -> str:
     lines += [f"| {name} | {percent(score['mean'])} | {interval(score)} |" for name, score in scored]
     taken = f"{counted(summary['n'], 'held-out problem')}, {counted(summary['k'], 'answer')} each"
     lines += ["", f"{code(summary['task'])}: {taken}; intervals: {escape(summary['ci_method'])}."]
-    if summary["gap_closed"] is not None:
-        lines[-1] += f" Gap to the teacher closed: {100 * summary['gap_closed']:.0f} %."
+    if (gap := summary["gap_closed"]) is not None:
+        means = [summary[key]["mean"] for key in ("student_before", "student_after")]
+        what = "The student" if gap < 0 else "Gap to the teacher closed:"
+        lines[-1] += f" {what} {closed(gap, *means)}."
     return "\n".join(lines)
 
 

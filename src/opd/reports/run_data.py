@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from opd.errors import DataError
 from opd.journal.folder import is_run_folder
 from opd.journal.graded import GradedRecord, check
+from opd.journal.lock import LOCK, is_alive, owner_of
 from opd.journal.reader import (
     read_config,
     read_environment,
@@ -22,7 +25,10 @@ from opd.journal.reader import (
     read_summary,
     read_views,
 )
+from opd.reports.paired import CONFIDENCE
 
+# dead: it ended without giving the lock back. gone: it gave it back. elsewhere: on another machine, so who knows.
+Writer = Literal["at work", "dead", "gone", "elsewhere", "unknown"]
 WORK = ("rollout", "scoring", "update", "sync")  # phases of a step; the others are not the method's
 
 Row = Mapping[str, Any]
@@ -39,6 +45,7 @@ class RunData:
     evals     one line an evaluation, likewise.
     events    as they were written.
     summary   None as long as the run goes on, and for a run that was killed.
+    writer    what the folder's lock says of the process that writes it.
     views     graded records, oldest first.
     samples   rollouts of the first and of the last step that has any, a few of each; read only without views.
     problems  what could not be read, in words.
@@ -52,6 +59,7 @@ class RunData:
     evals: Sequence[Row]
     events: Sequence[Row]
     summary: Row | None
+    writer: Writer
     views: Sequence[GradedRecord]
     samples: Sequence[Row]
     problems: Sequence[str]
@@ -62,11 +70,27 @@ class RunData:
         return int(self.metrics[-1]["step"]) if self.metrics else 0
 
     @property
+    def result(self) -> Row | None:
+        """The summary, unless it is one of before the run was continued."""
+        return None if self.summary is None or self.summary.get("steps", 0) < self.steps else self.summary
+
+    @property
     def status(self) -> str:
-        """done, interrupted or failed; "not finished" for a run that goes on, or that was killed."""
-        if self.summary is None or self.summary.get("steps", 0) < self.steps:
-            return "not finished"
-        return str(self.summary["status"])
+        """done, interrupted or failed; "going on", "killed", or "not finished" where nobody knows which of the two."""
+        if self.result is not None:
+            return str(self.result["status"])
+        return {"at work": "going on", "dead": "killed"}.get(self.writer, "not finished")
+
+    @property
+    def confidence(self) -> float:
+        """Of the intervals, and of what counts as a difference."""
+        return _confidence(self.config)
+
+    @property
+    def identity(self) -> Row:
+        """Fingerprints of `data`, `student` (untrained) and `teacher`; empty for a run that did not begin."""
+        starts = [event for event in self.events if event.get("kind") == "start"]
+        return starts[-1] if starts else {}
 
     @property
     def tasks(self) -> list[str]:
@@ -137,10 +161,55 @@ def read_run(folder: str | Path) -> RunData:
         evals=_latest(_try(lambda: read_evals(path), [], problems)),
         events=_try(lambda: read_events(path), [], problems),
         summary=_try(lambda: read_summary(path), None, problems),
+        writer=writer_of(path),
         views=[record for _, view in views if (record := _try(lambda v=view: check(v), None, problems)) is not None],
         samples=[] if views else _try(lambda: _samples(path), [], problems),
         problems=problems,
     )
+
+
+class Measured(NamedTuple):
+    """The student on one task: before training, and its newest score with the step; None where it has none."""
+
+    before: Row | None
+    latest: Row | None
+    confidence: float
+
+
+def measured(folder: str | Path, task: str) -> Measured:
+    """What `evals.jsonl` says of the student. What cannot be read counts as not there."""
+    path, problems = Path(folder).expanduser(), []
+    rows = _latest(_try(lambda: read_evals(path), [], problems))
+    rows = [row for row in rows if row["task"] == task and row.get("model", "student") == "student"]
+    rows = [row for row in rows if row.get("mean") is not None]
+    before, after = ([row for row in rows if (row["step"] > 0) == later] for later in (False, True))
+    return Measured(
+        before=before[-1] if before else None,
+        latest=after[-1] if after else None,
+        confidence=_confidence(_try(lambda: read_config(path), None, problems)),
+    )
+
+
+def writer_of(folder: Path) -> Writer:
+    """Whether a process is at work in a run folder, from what `run.lock` says of it.
+
+    The lock itself is not tried: a reader that holds it for a moment would keep a run from beginning.
+    """
+    try:
+        opened = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return "unknown"
+    try:
+        owner = owner_of(opened)
+    finally:
+        os.close(opened)
+    if owner is None:
+        return "unknown"
+    if owner["released"]:
+        return "gone"
+    if owner["host"] != platform.node():
+        return "elsewhere"
+    return "at work" if is_alive(owner) else "dead"
 
 
 def parts(row: Row, prefix: str) -> dict[str, float]:
@@ -165,6 +234,12 @@ def _latest(rows: Sequence[Row]) -> list[Row]:
     """One line for each task, model and step: the last that was written, at the place of the first."""
     known = [row for row in rows if "task" in row and "step" in row]
     return list({(row["task"], row.get("model", "student"), row["step"]): row for row in known}.values())
+
+
+def _confidence(config: Row | None) -> float:
+    evals = (config or {}).get("evals")
+    value = evals.get("confidence") if isinstance(evals, Mapping) else None
+    return value if isinstance(value, float) and 0 < value < 1 else CONFIDENCE
 
 
 def _samples(folder: Path, each: int = 4) -> list[Row]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,34 +15,52 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opd.reports.figures import count, counted, duration, interval, percent, size
+from opd.journal.records import gap_closed
+from opd.reports.figures import closed, count, counted, duration, interval, percent, size
+from opd.reports.paired import paired
 from opd.reports.printable import printable
 from opd.reports.progress import is_live, say
+from opd.reports.run_data import measured
 
 STRIP = 24  # characters of the picture of an interval
 
 
-def results(summary: Mapping[str, Any], console: Console | None = None) -> None:
-    """Before, after and teacher of a `summary.json`, with intervals and the gap that was closed."""
+def results(summary: Mapping[str, Any], console: Console | None = None, *, folder: str | Path | None = None) -> None:
+    """Before, after and teacher of a `summary.json`, with intervals and the gap that was closed.
+
+    folder   the run's: its `evals.jsonl` says on how many problems the student is better and worse than before, and
+             where the student was last measured in a run that did not come to its end.
+    """
     console = console or Console()
-    arms = [("student before", "student_before"), ("student after", "student_after"), ("teacher", "teacher")]
-    if all(summary[key] is None for _, key in arms):
+    before, after, teacher = (summary[key] for key in ("student_before", "student_after", "teacher"))
+    seen = None if folder is None or summary["task"] is None else measured(folder, str(summary["task"]))
+    name = "student after"
+    if after is None and seen is not None and seen.latest is not None:
+        after, name = seen.latest, f"student at step {seen.latest['step']}"
+    if before is None and after is None and teacher is None:
         why = "No held-out task was taken" if summary["task"] is None else f"No answer to {summary['task']} was graded"
         hint = ": add evals.tasks" if summary["task"] is None else "; evals.jsonl has the reasons"
         say(console, f"{why}, so nothing says whether the student got better{hint}.")
         return
-    measured = [summary[key] for _, key in arms if summary[key] is not None]
+    arms = [("student before", before), (name, after), ("teacher", teacher)]
+    known = [score for _, score in arms if score is not None]
     # The picture runs over the tenths that hold all intervals, at least one.
-    start = min(math.floor(10 * min(score["low"] for score in measured)), 9) / 10
-    end = max(math.ceil(10 * max(score["high"] for score in measured)) / 10, start + 0.1)
-    rows = [(*_score(name, summary[key]), strip(summary[key], start, end)) for name, key in arms]
-    taken = f"{counted(summary['n'], 'problem')}, {counted(summary['k'], 'answer')} each"
-    notes = [f"{taken}; intervals: {summary['ci_method']}"]
-    if summary["gap_closed"] is not None:
-        notes.append(f"gap closed: {100 * summary['gap_closed']:.0f} % of the way from the student to its teacher")
-    elif summary["student_before"] is not None and summary["student_after"] is None:
+    start = min(math.floor(10 * min(score["low"] for score in known)), 9) / 10
+    end = max(math.ceil(10 * max(score["high"] for score in known)) / 10, start + 0.1)
+    rows = [(*_score(name, score), strip(score, start, end)) for name, score in arms]
+    asked = f"{counted(summary['n'], 'problem')}, {counted(summary['k'], 'answer')} each"
+    notes = [f"{asked}; intervals: {summary['ci_method']}"]
+    if seen is not None and (both := paired(seen.before, seen.latest)) is not None:
+        notes.append(f"student: {both.words(seen.confidence)}")
+    means = [None if score is None else score["mean"] for score in (before, after, teacher)]
+    gap = gap_closed(*means)
+    if gap is not None and gap < 0:
+        notes.append(f"gap closed: none, the student {closed(gap, *means[:2])}")
+    elif gap is not None:
+        notes.append(f"gap closed: {closed(gap, *means[:2])} of the way from the student to its teacher")
+    elif before is not None and after is None:
         notes.append(f"the student was not measured after training: the run is {summary['status']}")
-    elif summary["teacher"] is not None and summary["student_before"] is not None:
+    elif teacher is not None and before is not None and after is not None:
         notes.append("gap closed: none to close, the teacher is not above the student's start")
     title = str(summary["task"]) if summary["preset"] is None else f"{summary['task']}: {summary['preset']}"
     draw(console, title, ("", "accuracy", "interval", f"{100 * start:.0f} % to {100 * end:.0f} %"), rows, notes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from opd.errors import BadInput
 from opd.journal.atomic import write_atomic
-from opd.reports.compare import Arm, Comparison
+from opd.reports.compare import Arm, Comparison, against, correction, gap
 from opd.reports.figures import count, duration, interval, percent
 from opd.reports.page.answers import clip, option_name
 from opd.reports.page.base import asset, attribute, page, text
@@ -76,8 +76,11 @@ def compare_page(made: Comparison) -> str:
 def _head(made: Comparison) -> str:
     notes = "".join(f"<li>{clip(caveat, 400)}</li>" for caveat in made.caveats)
     cost = f"<p>{clip(made.per_cost, 500)}</p>" if made.per_cost else ""
-    return f'<h1>{count(len(made.arms))} runs compared</h1><p class="lead">{clip(made.verdict, 600)}</p>{cost}' + (
-        f'<div class="warning"><b>Before you conclude</b><ul>{notes}</ul></div>' if notes else ""
+    lines = "".join(f"<li>{clip(line, 300)}</li>" for line in against(made))
+    lines = f"<ul>{lines}</ul>" if lines else ""
+    return (
+        f'<h1>{count(len(made.arms))} runs compared</h1><p class="lead">{clip(made.verdict, 600)}</p>{lines}{cost}'
+        + (f'<div class="warning"><b>Before you conclude</b><ul>{notes}</ul></div>' if notes else "")
     )
 
 
@@ -87,29 +90,33 @@ def _table(made: Comparison) -> str:
     rows = "".join(_row(made, arm, i) for i, arm in enumerate(made.arms, 1))
     heads = "".join(
         f'<th class="number">{head}</th>'
-        for head in ("accuracy", "interval", "gap closed", "steps", "tokens", "FLOPs", "time")
+        for head in ("accuracy", "interval", "gap closed", "steps", "tokens", "FLOPs", "step time")
     )
-    task = f"Accuracy on {clip(made.task, 200)}. " if made.task else ""
+    task = f"Accuracy on {clip(made.task, 200)}. " if made.task else "Accuracy: each run on its own task. "
+    alike = "p: how often a coin, thrown for every problem on which two runs differ, would come out at least as uneven"
+    alike = f"{alike} (exact sign test). {correction(made)} " if made.pairs else ""
+    bold = "Bold: best, and what cannot be told from it. " if made.best else ""
     picture = f'<div class="scores">{score_chart(scored, title="Scores after training")}</div>' if scored else ""
     return (
         f"<section><h2>Scores and costs</h2>{picture}"
         f'<div class="wide"><table><tr><th>run</th>{heads}{reach}</tr>{rows}</table></div>'
-        f'<p class="note">{task}Bold: best, and what cannot be told from it. Tokens: trained on. FLOPs: sampling, '
-        "scoring and training; evaluations are not counted. Time: of the steps.</p></section>"
+        f'<p class="note">{task}{bold}{alike}Tokens: trained on. FLOPs: '
+        "sampling, scoring and training; evaluations are not counted. Step time: of all steps, without loading and "
+        "evaluations.</p></section>"
     )
 
 
 def _row(made: Comparison, arm: Arm, colour: int) -> str:
     best = " best" if arm.letter in made.best else ""
     score = ("-", "-") if arm.after is None else (percent(arm.after["mean"]), interval(arm.after))
-    closed = "-" if arm.gap_closed is None else f"{100 * arm.gap_closed:.0f} %"
-    cells = [(score[0], best), (score[1], best), (closed, "")]
+    cells = [(score[0], best), (score[1], best), (gap(arm), "")]
     cells += [(cell, "") for cell in (f"{arm.run.steps:,}", count(arm.tokens), count(arm.flops), duration(arm.seconds))]
     if made.level is not None:
         reached = "-" if arm.reached is None else count(arm.reached["flops"])
         cells.append((reached, " best" if arm.letter == made.cheapest else ""))
     numbers = "".join(f'<td class="number{mark}">{text(cell)}</td>' for cell, mark in cells)
-    return f'<tr><td class="run">{swatch(colour)}{clip(arm.name, 200)}</td>{numbers}</tr>'
+    own = f'<br><span class="note">{clip(arm.task, 100)}</span>' if made.task is None and arm.task else ""
+    return f'<tr><td class="run">{swatch(colour)}{clip(arm.name, 200)}{own}</td>{numbers}</tr>'
 
 
 def _curves(made: Comparison, charts: dict[str, Chart]) -> str:
@@ -145,7 +152,7 @@ def _overlay(made: Comparison, overlay: Overlay, axis: str, label: str) -> Chart
     most = max(24, POINTS // len(made.arms) // len(AXES))
     lines = []
     for i, arm in enumerate(made.arms, 1):
-        points, intervals = _accuracy(made, arm) if overlay.key == "accuracy" else (_smoothed(arm, overlay.key), [])
+        points, intervals = _accuracy(arm) if overlay.key == "accuracy" else (_smoothed(arm, overlay.key), [])
         if axis != "step":
             points, intervals = _over(arm.run.spent()[axis], points, intervals)
         if any(y is not None for _, y in points):
@@ -169,8 +176,8 @@ def _overlay(made: Comparison, overlay: Overlay, axis: str, label: str) -> Chart
     )
 
 
-def _accuracy(made: Comparison, arm: Arm) -> tuple[Curve, list[tuple[float, float] | None]]:
-    rows = arm.run.scores(made.task) if made.task is not None else []
+def _accuracy(arm: Arm) -> tuple[Curve, list[tuple[float, float] | None]]:
+    rows = arm.run.scores(arm.task) if arm.task is not None else []
     return [(row["step"], row["mean"]) for row in rows], [(row["low"], row["high"]) for row in rows]
 
 

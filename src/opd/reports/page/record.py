@@ -29,9 +29,9 @@ PHASES = {  # what a person calls it, and its colour in every bar
 def costs(run: RunData) -> str:
     """Two bars: the seconds of the command and the operations of training, by what they were spent on."""
     last = run.metrics[-1] if run.metrics else {}
-    seconds = dict((run.summary or {}).get("seconds_by_phase") or {}) if run.status != "not finished" else {}
-    if seconds and run.summary is not None:
-        seconds["other"] = max(0.0, run.summary["seconds"] - sum(seconds.values()))
+    seconds = dict((run.result or {}).get("seconds_by_phase") or {})
+    if seconds and run.result is not None:
+        seconds["other"] = max(0.0, run.result["seconds"] - sum(seconds.values()))
     bars = [
         _bar("Time", seconds or parts(last, "seconds_"), duration, "Seconds of the whole command by what went on."),
         _bar(

@@ -9,8 +9,7 @@ from typing import Any
 from opd.config.objective import FORMULAS
 from opd.errors import BadInput
 from opd.journal.atomic import write_atomic
-from opd.journal.records import gap_closed
-from opd.reports.figures import count, counted, duration, interval, percent
+from opd.reports.figures import count, counted, duration, interval, often, percent
 from opd.reports.model_card import public_name
 from opd.reports.page.answers import changed_answers, clip, sample_answers
 from opd.reports.page.base import asset, page, text
@@ -18,6 +17,8 @@ from opd.reports.page.charts import score_chart, swatch
 from opd.reports.page.curves import Figure, figures
 from opd.reports.page.record import config, costs, every_metric
 from opd.reports.page.tokens import token_view
+from opd.reports.page.verdict import EVENTS, gap, head
+from opd.reports.paired import paired
 from opd.reports.run_data import RunData, read_run
 
 LIMIT = 500_000  # bytes of the page, whatever the run
@@ -63,7 +64,7 @@ def _page(run: RunData, room: float, view_bytes: int | None) -> str:
     pictures = figures(run, max_points=max(30, round(240 * room)))
     css, js, data = [asset("report.css")], [asset("charts.js")], {"chart-numbers": {f.key: f.hover() for f in pictures}}
     size = round(1500 * room)
-    body = [_head(run), _scores(run), _curves(pictures, room), _events(run, room), costs(run)]
+    body = [head(run), _scores(run), _curves(pictures, room), _events(run, room), costs(run)]
     if view_bytes is not None:
         view = token_view(run.views, budget_bytes=view_bytes)
         body.append(view.body)
@@ -77,97 +78,6 @@ def _page(run: RunData, room: float, view_bytes: int | None) -> str:
 
 
 # ---- did it work --------------------------------------------------------------------------------------------------
-
-
-def _head(run: RunData) -> str:
-    parts = [
-        f"<h1>{clip(run.name, 300)}</h1>",
-        f'<p class="lead">{_verdict(run)}</p>',
-    ]
-    if run.status != "done":
-        parts.append(f'<p class="warning">{text(_status(run))}</p>')
-    parts += [f'<p class="warning">{clip(problem, 500)}</p>' for problem in run.problems[:5]]
-    warned = _warnings(run)
-    if warned:
-        items = "".join(f"<li>{clip(item, 300)}</li>" for item in warned)
-        parts.append(f'<div class="warning"><b>Look at this first</b><ul>{items}</ul></div>')
-    return "\n".join(parts)
-
-
-def _verdict(run: RunData) -> str:
-    """Whether it worked, in one sentence a newcomer understands."""
-    task = run.tasks[0] if run.tasks else None
-    if task is None:
-        return "No held-out task was taken, so nothing says whether the student got better: add evals.tasks."
-    before, after, teacher = (run.score(task, when) for when in ("before", "after", "teacher"))
-    name = f"<b>{clip(task, 200)}</b>"
-    if before is None and after is None:
-        return f"No answer to {name} has been graded yet."
-    if before is None or after is None:
-        only = before or after
-        assert only is not None
-        when = "before training" if before is not None else f"at step {only['step']:,}"
-        return (
-            f"The student gets <b>{percent(only['mean'])}</b> of {name} right {when}; there is no second measurement."
-        )
-    said = f"The student got <b>{percent(before['mean'])}</b> of {name} right before, and "
-    said += f"<b>{percent(after['mean'])}</b> after {_steps(after['step'])}"
-    if after["low"] > before["high"]:
-        said += ": clearly better"
-    elif after["high"] < before["low"]:
-        said += ": clearly worse"
-    else:
-        said += ". The intervals overlap, so no difference is shown"
-    closed = _gap(run, task)
-    if teacher is not None:
-        said += f". Its teacher gets {percent(teacher['mean'])}"
-        if closed is not None:
-            grew = f"; the gap between them grew by {-100 * closed:.0f} %"
-            said += grew if closed < 0 else f"; {100 * closed:.0f} % of the gap is closed"
-    return f"{said}."
-
-
-def _gap(run: RunData, task: str) -> float | None:
-    """As in summary.json, from the evaluations so far."""
-    rows = [run.score(task, when) for when in ("before", "after", "teacher")]
-    return gap_closed(*(None if row is None else row["mean"] for row in rows))
-
-
-def _status(run: RunData) -> str:
-    planned = run.option("run.steps")
-    so_far = f"{run.steps:,} of {planned:,} steps" if isinstance(planned, int) else _steps(run.steps)
-    if run.status == "not finished":
-        return f"This run has not come to its end: it goes on, or it was killed. The page shows {so_far}."
-    why = f" by {run.summary['stopped_by']}" if run.summary and run.summary.get("stopped_by") else ""
-    return f"This run was {run.status}{why} after {so_far}."
-
-
-def _warnings(run: RunData) -> list[str]:
-    made = []
-    if skipped := [row["step"] for row in run.metrics if row.get("applied") is False]:
-        made.append(
-            f"{counted(len(skipped), 'step')} changed nothing, because loss or gradient was not finite: {_few(skipped)}"
-        )
-    if invalid := [row["step"] for row in run.metrics if (row.get("invalid_scores") or 0) > 0]:
-        made.append(
-            f"{counted(len(invalid), 'step')} had tokens without a finite score, which were masked: {_few(invalid)}"
-        )
-    guards: dict[str, list[Mapping[str, Any]]] = {}
-    for event in run.events:
-        if event.get("kind") == "guard":
-            guards.setdefault(str(event.get("guard", "")), []).append(event)
-    for found in guards.values():
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        made.append(f"step {found[0].get('step')}: {found[0].get('message', '')}{more}")
-    return made if len(made) <= 6 else [*made[:5], f"and {len(made) - 5} more, see Events"]
-
-
-def _steps(number: int) -> str:
-    return f"{number:,} step" + ("" if number == 1 else "s")
-
-
-def _few(steps: Sequence[int]) -> str:
-    return ", ".join(map(str, steps[:6])) + (", ..." if len(steps) > 6 else "")
 
 
 def _scores(run: RunData) -> str:
@@ -198,20 +108,34 @@ def _task(run: RunData, task: str) -> str:
         f'<div>{heading}<div class="scores">{score_chart(rows, title=f"Scores on {task} with intervals")}</div>'
         f'<table><tr><th></th><th class="number">accuracy</th><th class="number">interval</th></tr>{table}</table>'
         f'<p class="note">{clip(task, 200)}: {text(taken)}. Interval ({clip(first.get("ci_method"), 100)}): where the '
-        f"accuracy may lie, given that only so many problems were asked.</p></div>"
+        f"accuracy may lie, given that only so many problems were asked.{_about_pairs(run, task)}</p></div>"
+    )
+
+
+def _about_pairs(run: RunData, task: str) -> str:
+    """What better, worse and p are, where the page says them."""
+    both = paired(run.score(task, "before"), run.score(task, "after"))
+    if both is None:
+        return ""
+    after = "" if run.tasks[0] == task else f" From before to after: {both.words(run.confidence)}."
+    return (
+        f"{text(after)} Better and worse: by the mean of a problem’s answers. p: how often a coin, thrown for every "
+        "problem that changed, would come out at least as uneven (exact sign test); below "
+        f"{1 - run.confidence:.2g} it is not called chance."
     )
 
 
 def _facts(run: RunData) -> str:
     """What it is, and what it cost."""
-    summary = run.summary or {}
+    summary = run.result or {}
     spent = {key: curve[-1][1] if curve else 0.0 for key, curve in run.spent().items()}
     task = run.tasks[0] if run.tasks else ""
-    closed = _gap(run, task)
+    share, said = gap(run, task)
     facts = [("status", run.status), ("steps", f"{run.steps:,}")]
-    if closed is not None:
-        facts.insert(0, ("gap closed", f"{100 * closed:.0f} % of the way from the student to its teacher"))
-    seconds = summary.get("seconds") if run.status != "not finished" else None
+    if share is not None:
+        way = f"none, the student {said}" if share < 0 else f"{said} of the way from the student to its teacher"
+        facts.insert(0, ("gap closed", way))
+    seconds = summary.get("seconds")
     facts += [
         ("trained tokens", count(spent["tokens"])),
         ("operations", f"{count(spent['flops'])} FLOPs, evaluations not counted"),
@@ -221,7 +145,7 @@ def _facts(run: RunData) -> str:
         ("teacher", public_name(str(run.option("teacher.model") or "none"))),
     ]
     if summary.get("resumes"):
-        facts.insert(2, ("resumed", f"{summary['resumes']} times"))
+        facts.insert(2, ("resumed", often(summary["resumes"])))
     return f'<dl class="facts">{"".join(f"<dt>{text(k)}</dt><dd>{clip(v, 400)}</dd>" for k, v in facts)}</dl>'
 
 
@@ -251,6 +175,11 @@ def _curves(pictures: Sequence[Figure], room: float) -> str:
     )
 
 
+def _what(event: Mapping[str, Any]) -> str:
+    kind = str(event.get("kind"))
+    return EVENTS.get(kind, kind.replace("_", " "))
+
+
 def _events(run: RunData, room: float) -> str:
     events = [event for event in run.events if event.get("kind") != "start"]
     if not events:
@@ -258,7 +187,7 @@ def _events(run: RunData, room: float) -> str:
     most = max(5, round(100 * room))
     rows = "".join(
         f'<tr><td class="number">{clip(event.get("step"), 40)}</td>'
-        f"<td>{clip(str(event.get('kind')).replace('_', ' '), 60)}</td>"
+        f"<td>{clip(_what(event), 60)}</td>"
         f"<td>{clip(event.get('message', ''), 500)}</td></tr>"
         for event in events[-most:]
     )

@@ -30,6 +30,7 @@ class Scale:
         """A scale that holds all values (above 0 where `log`).
 
         exact   from the smallest to the largest; otherwise with a little room, and from 0 where that is near.
+                A single value stands on an axis from 0: a level line has no other scale that says something.
         limits  what the room never crosses.
         least   the scale covers at least this share of the largest value, so that a level line looks level.
         """
@@ -38,8 +39,8 @@ class Scale:
             low, high = (low / 1.5, high * 1.5) if low == high else (low / 1.1, high * 1.1)
             return cls(low=low, high=high, log=True)
         if low == high:
-            room = 1.0 if exact else abs(low) / 4 or 1.0
-            low, high = low - room, high + room
+            end = (low if exact else 1.25 * low) or 1.0
+            low, high = min(0.0, end), max(0.0, end)
         elif not exact:
             room = max((high - low) / 20, (least * max(abs(low), abs(high)) - (high - low)) / 2)
             low, high = (0.0 if 0 <= low < 0.4 * high else low - room), high + room

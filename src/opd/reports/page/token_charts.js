@@ -43,12 +43,13 @@ function chartByPosition(width) {
   const lines = compared().map(([step, series]) => [grouped(step, (_, i) => Math.floor(i / size)), series, step]);
   const means = lines.flatMap(([groups]) => [...groups.values()].map((group) => group.mean));
   if (!means.length) return [el("p", "note", "No numbers.")];
-  const height = 190;
-  const [left, right, top, bottom] = [48, 12, 10, 34];
+  const height = 206;
+  const [left, right, top, bottom] = [48, 12, 26, 34];
   const [low, high] = range(means);
   const x = (position) => left + ((width - left - right) * (position + 0.5)) / Math.max(1, Math.ceil(longest / size));
   const y = (value) => top + ((high - value) / (high - low)) * (height - top - bottom);
   const chart = svg("svg", { class: "chart", width, height, viewBox: "0 0 " + width + " " + height, role: "img" });
+  chart.append(svg("text", { x: 2, y: 12 }, "nats per token"));
   const [at, places] = ticks(low, high);
   for (const value of at) {
     chart.append(svg("line", { class: Math.abs(value) < 1e-12 ? "axis" : "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }),
@@ -73,7 +74,7 @@ function chartByPosition(width) {
 function chartByDomain(width) {
   const shown = compared().map(([step, series]) => [grouped(step, (answer) => answer.domain), series, step]);
   const names = [...new Set(shown.flatMap(([groups]) => [...groups.keys()]))];
-  if (!names.length) return [el("p", "note", "No numbers.")];
+  if (names.length < 2) return []; // one bar compares nothing
   const mean = (name) => (shown[0][0].get(name) || { mean: 0 }).mean * (state.colour === "kl" ? -1 : 1);
   names.sort((a, b) => mean(a) - mean(b));
   const most = 12;
@@ -113,7 +114,11 @@ function showCharts() {
   for (const [name, draw, title] of [["by-position", chartByPosition, " by position"], ["by-domain", chartByDomain, " by domain"]]) {
     const keys = compared().length < 2 ? [] : compared().map(([step, series]) =>
       el("span", "token-key", el("span", "token-dot token-dot-" + series), steps[step]));
-    $(name + "-title").replaceChildren(el("b", "", what + title), ...keys);
-    $(name).replaceChildren(...draw(Math.max(260, Math.min(560, $(name).clientWidth || 480))));
+    const unit = name === "by-domain" ? ", nats per token" : "";
+    $(name + "-title").replaceChildren(el("b", "", what + title), unit, ...keys);
+    $(name).parentNode.hidden = false; // a hidden one has no width
+    const drawn = draw(Math.max(260, Math.min(560, $(name).clientWidth || 480)));
+    $(name).replaceChildren(...drawn);
+    $(name).parentNode.hidden = !drawn.length;
   }
 }

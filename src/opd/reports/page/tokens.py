@@ -93,10 +93,10 @@ def _body(records: Sequence[GradedRecord], extent: Extent) -> str:
 def _legend(*, with_student: bool) -> str:
     if with_student:
         how = (
-            "<b>Orange</b>: the teacher finds this token less likely than the student did, here it would have "
-            "written something else. <b>Blue</b>: it finds it more likely. No colour: they agree."
+            "<b>Orange</b>: the teacher likes this token less than the student did, here it would have written "
+            "something else. <b>Blue</b>: the teacher likes it more than the student did. No colour: they agree."
         )
-        ends = ("teacher: less likely", "more likely")
+        ends = ("teacher likes it less", "teacher likes it more")
         unit = (
             "Penalty in nats: log-probability of the teacher minus that of the student. −2.3 is a tenth, "
             "−4.6 a hundredth. Each colour starts at its number."
