@@ -69,8 +69,9 @@ def test_config_show_schema_and_presets(tmp_path: Path, capsys) -> None:
 def test_eval_takes_a_file(model: str, problems: Path, capsys) -> None:
     items = [f"task={problems}", "grader=numeric", "samples=2", "max_tokens=6", "run.threads=1"]
     assert opd("eval", model, *items) == 0
-    printed = capsys.readouterr().out
-    assert "problems" in printed and "6 x 2" in printed
+    captured = capsys.readouterr()
+    assert "problems" in captured.out and "6 x 2" in captured.out
+    assert "held out" not in captured.out + captured.err, "nothing is trained here"
     assert opd("eval", model, *items[:2], "max_tokens=6", "temperature=0") == 0
 
 
@@ -107,6 +108,12 @@ def test_eval_of_a_reasoning_gym_task(model: str, capsys) -> None:
 )
 def test_eval_says_what_is_missing(model: str, capsys, items: list[str], named: str) -> None:
     assert named in refused(capsys, "eval", model, *items)
+
+
+def test_the_folder_of_a_run_is_not_its_model(problems: Path, tmp_path: Path, capsys) -> None:
+    for name in ("run.lock", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    assert f"{tmp_path}/final" in refused(capsys, "eval", str(tmp_path), f"task={problems}", "grader=numeric")
 
 
 def test_ctrl_c_outside_a_run_exits_75_without_a_traceback(capsys, monkeypatch) -> None:

@@ -131,6 +131,16 @@ def test_dry_run_shows_the_plan_and_writes_nothing(world: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_beside_a_run_that_is_there_says_how_to_go_on(world: Path, tmp_path: Path, capsys) -> None:
+    items = recipe(world, tmp_path, run__steps=1)
+    assert opd("train", *items) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert opd("train", "--dry-run", *items) == 0
+    assert "go on with run.existing=resume" in " ".join(capsys.readouterr().out.split())
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 def test_options_may_be_written_with_dashes(world: Path, tmp_path: Path) -> None:
     items = recipe(world, tmp_path, run__steps=1)
     assert opd("train", *items, "--optim.lr", "5e-3", "--sampling.max_tokens=4") == 0
@@ -229,6 +239,11 @@ def test_a_character_that_the_tokenizer_does_not_know_names_the_row(tmp_path: Pa
     rows = '[{"kind": "inline", "name": "mine", "rows": ["sort: abcdefgh\\n", "sort: ABC\\n"]}]'
     items = [f"student.model={MODELS / 'student'}", f"teacher.model={MODELS / 'teacher'}", f"prompts.sources={rows}"]
     assert "row mine/1" in refused(capsys, "train", *items, "sampling.max_tokens=9", f"run.folder={tmp_path / 'run'}")
+    task = {"name": "capitals", "source": json.loads(rows)[0], "grader": {"kind": "exact"}}
+    task["source"]["rows"] = [{"prompt": "sort: ABC\n", "answer": "ABC"}]
+    items = [*items[:2], 'prompts.sources=[{"kind": "inline", "rows": ["sort: abc\\n"]}]', "sampling.max_tokens=9"]
+    said = refused(capsys, "train", *items, f"evals.tasks={json.dumps([task])}", f"run.folder={tmp_path / 'run'}")
+    assert "row mine/0" in said
 
 
 @pytest.mark.usefixtures("no_weights")

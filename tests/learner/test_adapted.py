@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from opd.learner.state import load_state, save_state
 from opd.models.adapters import adapter_off_view, untrained_targets
 from tests import rooms, tiny
-from tests.models.adapted import adapted
+from tests.models.adapted import adapted, batch
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -55,3 +59,29 @@ def test_a_teacher_that_is_the_students_base_pulls_it_back() -> None:
         kls.append(learner.update(made, view.evidence(made)).metrics["reverse_kl"])
     assert kls[-1] < 0.8 * kls[0]
     assert view.model.fingerprint() == mark == rooms.causal().fingerprint()
+
+
+@pytest.mark.parametrize("at", [3, 17])  # of 28 switches: while the adapter goes off, and while it comes back
+def test_R_6_a_stop_while_the_adapter_is_switched_leaves_a_state_that_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch, at: int
+) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    student = adapted()
+    learner, view = rooms.learner(student), adapter_off_view(student)
+    trained = {name for name, p in student.module.named_parameters() if p.requires_grad}
+    whole, switched = LoraLayer.enable_adapters, []
+
+    def stopped(self, enabled: bool) -> None:
+        switched.append(enabled)
+        if len(switched) == at:
+            raise KeyboardInterrupt
+        whole(self, enabled)
+
+    monkeypatch.setattr(LoraLayer, "enable_adapters", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        view.hidden(*batch())
+    monkeypatch.undo()
+    save_state(learner, tmp_path)
+    assert load_file(tmp_path / "student.safetensors").keys() == trained
+    load_state(rooms.learner(adapted(moved=False)), tmp_path)

@@ -43,11 +43,12 @@ SHOWN_ONLY = ("seconds_", "tokens_per_second")  # what a clock says differs from
 
 @contextmanager
 def events(phase: str, happened: Callable[[], None]) -> Iterator[None]:
-    """Calls `happened` before and after every call of a phase's functions."""
+    """Calls `happened` before and after every call of a phase's functions, or of the one that is named as
+    `module:function`."""
     import importlib
 
     undo: list[tuple[Any, str, Any]] = []
-    for module, path in PHASES[phase]:
+    for module, path in PHASES.get(phase) or [phase.split(":")]:
         owner: Any = importlib.import_module(module)
         *outer, name = path.split(".")
         for part in outer:

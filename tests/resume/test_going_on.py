@@ -106,6 +106,21 @@ def test_train_with_existing_resume_is_what_a_scheduler_calls_again_and_again(wo
     assert (run / "summary.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("made", [False, True])
+def test_the_first_of_a_schedulers_calls_begins_the_run(world, killed, tmp_path: Path, made: bool) -> None:
+    run = tmp_path / "run"
+    if made:
+        run.mkdir()
+    assert opd(*arguments(world, run, run__existing="resume"))[0] == 0
+    assert_same(record(run), killed[1])
+
+
+def test_another_recipe_is_not_told_that_the_run_in_its_folder_is_done(world, run, capsys) -> None:
+    assert opd("resume", run)[0] == 0
+    said = refused(capsys, *arguments(world, run, run__existing="resume", optim__warmup_steps=1))
+    assert "optim.warmup_steps=1" in said and "started with 2" in said
+
+
 def test_without_a_terminal_a_run_that_is_there_is_refused_and_the_ways_on_are_named(world, run, capsys) -> None:
     said = refused(capsys, *arguments(world, run))
     assert "run.existing=resume" in said and "overwrite" in said
@@ -125,10 +140,82 @@ def test_more_steps_are_as_if_they_had_been_asked_for_at_once(world, tmp_path: P
     assert "run.steps changes from 3 to 6" in [event["message"] for event in read_events(tmp_path / "short")]
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_trained_student_is_not_deleted_to_begin_again(run, capsys, gone: bool) -> None:
+    """Checkpoints of a run that is done are what people delete first."""
+    assert opd("resume", run)[0] == 0
+    for folder in (run / "checkpoints").iterdir():
+        flip(folder / "student.safetensors")
+    if gone:
+        shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file() and path.name != "run.lock"}
+    said = refused(capsys, "resume", run, "run.steps=8")
+    assert "final/" in said and ("there is none" if gone else "passed over") in said
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_fewer_steps_than_there_are_is_no_way_to_end_a_run(run, capsys) -> None:
+    """Its last evaluation would be of a step that is not its last."""
+    assert "has 4 steps behind it" in refused(capsys, "resume", run, "run.steps=3")
+
+
+def test_a_changed_option_is_no_second_resume(run) -> None:
+    for n, option in enumerate(("run.log_every=2", "run.steps=7", "run.steps=8"), 1):
+        assert opd("resume", run, option)[0] == 0
+        assert read_summary(run)["resumes"] == n
+
+
+def test_the_best_student_is_of_the_steps_that_are_in_the_record(world, tmp_path: Path) -> None:
+    """Steps that a kill took back are done again with another rate: what they had kept is not theirs any more."""
+    run, plain = tmp_path / "run", {"checkpoints__every": 3, "checkpoints__weights_every": 2, "evals__every": 2}
+    assert opd(*arguments(world, run, **plain), phase="update", at=10**6)[0] == 0
+    shutil.rmtree(run / "checkpoints" / "step_000006")
+    shutil.rmtree(run / "final")  # as if killed after the evaluation of step 4
+    (run / "summary.json").unlink()
+    mark = {"step": 4, "task": "sums", "mean": 0.0}
+    shutil.copytree(run / "weights" / "step_000004", run / "best", dirs_exist_ok=True)
+    (run / "best" / "opd.json").write_text(json.dumps(mark))
+    lines = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+    for line in lines:  # step 4 is going to be the best again
+        line["mean"] = -1.0 if line["step"] == 2 else line["mean"]
+    (run / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert opd("resume", run, "optim.lr=1e-3")[0] == 0
+    best = json.loads((run / "best" / "opd.json").read_text())["step"]
+    same = [(run / kept / "model.safetensors").read_bytes() for kept in ("best", f"weights/step_{best:06d}")]
+    assert best == 4 and same[0] == same[1]
+
+
+def test_a_run_goes_on_where_its_own_checkpoints_fill_the_disk(run, monkeypatch, capsys) -> None:
+    from opd.journal import folder
+    from opd.wiring.run import needed_bytes
+    from opd.wiring.starting import stored
+    from tests.cli.test_train import opd as here
+
+    kept = sum(path.stat().st_size for path in (run / "checkpoints").rglob("*") if path.is_file())
+    needed = folder.JOURNAL_BYTES + needed_bytes(stored(run))
+    usage = shutil.disk_usage(run)
+    for free in (needed - kept - 1, needed - kept):
+        monkeypatch.setattr(folder.shutil, "disk_usage", lambda _, free=free: usage._replace(free=free))
+        if free < needed - kept:
+            assert "make room" in refused(capsys, "resume", run)
+    assert here("resume", str(run)) == 0
+
+
 def test_options_that_the_steps_so_far_depend_on_must_stay(run, capsys) -> None:
     said = refused(capsys, "resume", run, "sampling.temperature=0.7")
     assert "sampling.temperature=0.7" in said and "1.0" in said
     assert (run / "checkpoints" / "step_000004").exists(), "nothing was touched"
+    said = refused(capsys, "resume", run, "objective.preset=forward_kl")
+    assert "objective.preset=forward_kl" in said and "reverse_kl" in said, "as it was typed, not what follows from it"
+
+
+def test_options_for_a_run_that_is_done_are_named(run, capsys) -> None:
+    from tests.cli.test_train import opd as here
+
+    assert opd("resume", run)[0] == 0
+    assert here("resume", str(run), "checkpoints.keep=5") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "checkpoints.keep: not looked at" in printed and "all 6 steps are done" in printed
 
 
 def test_R_3_other_data_or_another_teacher_is_refused(world, run, tmp_path: Path, capsys) -> None:
@@ -137,6 +224,13 @@ def test_R_3_other_data_or_another_teacher_is_refused(world, run, tmp_path: Path
     try:
         prompts.write_text(text.replace("What is 0 + 0?", "What is 0 - 0?"))
         assert "training prompts changed" in refused(capsys, "resume", run)
+    finally:
+        prompts.write_text(text)
+    about = (run / "config.json").read_bytes()
+    try:
+        prompts.write_text(text.replace("What is 0 + 0?", "What is 0 - 0?"))
+        assert "training prompts changed" in refused(capsys, "resume", run, "run.steps=9")
+        assert (run / "config.json").read_bytes() == about, "who is refused has changed nothing"
     finally:
         prompts.write_text(text)
     weights = world / "teacher" / "model.safetensors"

@@ -221,6 +221,13 @@ def test_nothing_is_loaded_for_what_cannot_be_read(models, monkeypatch, tmp_path
     (tmp_path / "page.json").write_text(json.dumps(pair))
     with pytest.raises(ValueError, match="would replace the transcript"):
         grade(tmp_path / "page.json", teacher, out=tmp_path / "page.html")
+    with pytest.raises(ValueError, match="there is no student"):
+        grade(pair, teacher, student_wrote=True)
+    with monkeypatch.context() as locked, pytest.raises(ValueError, match="cannot be written to"):
+        locked.setattr(
+            "opd.wiring.grade.os.access", lambda path, how: Path(path) != tmp_path
+        )  # root may write anywhere
+        grade(pair, teacher, out=tmp_path / "graded.html")
     for out in ("page.txt", "nowhere/page.html"):
         with pytest.raises(ValueError, match="page"):
             grade(pair, teacher, out=tmp_path / out)

@@ -46,7 +46,8 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # what went wrong first is what matters
+                temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)  # the rename itself lives in the folder's own data
 

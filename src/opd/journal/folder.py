@@ -278,7 +278,7 @@ def _usable(folder: Path, above: Path, needed_bytes: int) -> int:
     needed = needed_bytes + JOURNAL_BYTES
     if free < needed:
         raise ConfigError(
-            f"run.folder={folder}: the run needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            f"run.folder={folder}: the run needs about {_size(needed)} and {_size(free)} are free; "
             f"make room or choose another folder"
         )
     return free
@@ -317,3 +317,7 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _pretty(value: Mapping[str, Any]) -> bytes:
     return json.dumps(plain(value), indent=2, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

@@ -54,10 +54,10 @@ class Lock:
             try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConfigError(_held(folder, _owner(opened))) from error
+                raise ConfigError(_held(folder, owner_of(opened))) from error
             except OSError:  # some network file systems have none
                 locks = False
-            owner = _owner(opened)
+            owner = owner_of(opened)
             if owner is not None and not owner["released"]:
                 elsewhere = owner["host"] != platform.node()
                 if elsewhere and locks:
@@ -71,7 +71,7 @@ class Lock:
                         f"run.folder={folder}: process {owner['pid']} on {owner['host']} has not given it back, and "
                         f"this file system has no locks. Make sure that it has ended, then delete {path}"
                     )
-                elif not locks and _alive(owner):
+                elif not locks and is_alive(owner):
                     raise ConfigError(_held(folder, owner))
             _write(opened, path, {"pid": os.getpid(), "host": platform.node(), "started": _started(os.getpid())})
             sync(folder)
@@ -108,7 +108,7 @@ def is_run_folder(path: str | Path) -> bool:
 def _held(folder: Path, owner: Owner | None) -> str:
     if owner is None or owner["released"]:
         return f"run.folder={folder}: another process is writing there; wait for it or choose another run.folder=..."
-    if owner["host"] == platform.node() and not _alive(owner):
+    if owner["host"] == platform.node() and not is_alive(owner):
         return (
             f"run.folder={folder}: process {owner['pid']} has ended, but another process that it started still holds "
             f"the folder; end that one or choose another run.folder=..."
@@ -119,7 +119,7 @@ def _held(folder: Path, owner: Owner | None) -> str:
     )
 
 
-def _owner(opened: int) -> Owner | None:
+def owner_of(opened: int) -> Owner | None:
     try:
         found = json.loads(os.pread(opened, SIZE, 0))
         owner = Owner(pid=found["pid"], host=found["host"], started=found["started"], released=found["released"])
@@ -142,7 +142,7 @@ def _content(owner: dict[str, int | str | None]) -> bytes:
     return data[:-1].ljust(SIZE - 1) + b"\n"
 
 
-def _alive(owner: Owner) -> bool:
+def is_alive(owner: Owner) -> bool:
     """Whether the owner, on this machine, still runs; its pid may belong to somebody else by now."""
     pid = owner["pid"]
     assert pid is not None

@@ -19,7 +19,16 @@ from opd.types import Rollout, TokenScores
 SCHEMA_VERSION = 1
 Status = Literal["done", "interrupted", "failed"]
 EventKind = Literal[
-    "start", "resume", "checkpoint_skipped", "guard", "out_of_memory", "bad_step", "adapter", "tracker", "stop"
+    "start",
+    "resume",
+    "changed",
+    "checkpoint_skipped",
+    "guard",
+    "out_of_memory",
+    "bad_step",
+    "adapter",
+    "tracker",
+    "stop",
 ]
 
 

@@ -72,7 +72,9 @@ def state_bytes(learner: LocalLearner) -> int:
 
 
 def _trained(learner: LocalLearner) -> dict[str, Tensor]:
-    return {name: p for name, p in learner.model.module.named_parameters() if p.requires_grad}
+    """What the optimizer changes. Not what requires a gradient: a stop may fall where an adapter is being switched."""
+    changed = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in learner.model.module.named_parameters() if id(p) in changed}
 
 
 def _moments(saved: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:

@@ -48,9 +48,9 @@ class Adapter:
         """The base alone, for a while; nests, and is undone when something raises."""
         on = [layer for layer in self.layers.values() if not layer.disable_adapters]
         trained = [p for p in self.peft.parameters() if p.requires_grad]  # peft freezes A and B meanwhile
-        for layer in on:
-            layer.enable_adapters(False)
         try:
+            for layer in on:
+                layer.enable_adapters(False)
             yield
         finally:
             for layer in on:

@@ -259,6 +259,8 @@ def _require_folder(source: str, role: str) -> None:
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or (os.sep != "/" and os.sep in source)
     if looks_local and not path.is_dir():
         raise ModelError(f"{role}.model: there is no folder {source!r} (seen from {Path.cwd().name}/)")
+    if (path / "run.lock").is_file() and (path / "metrics.jsonl").is_file():
+        raise ModelError(f"{role}.model: {source!r} is the folder of a run; its trained model is {source}/final")
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise ModelError(
             f"{role}.model: {source!r} is an adapter (LoRA), and another adapter names it as its base. Merge it into "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -114,8 +114,23 @@ def cut_answers(config: Config, prompts: PromptStream) -> str | None:
 
 def render(row: Row, fmt: PromptFormat) -> Prompt:
     """A row in one model's format; DataError when its tokenizer cannot encode it."""
-    try:
+    with _encoding(row, fmt):
         return Prompt(row=row, ids=fmt.prompt_ids(row), completion_ids=fmt.completion_ids(row))
+
+
+def _longest(rows: Iterable[Row], fmt: PromptFormat) -> int:
+    """Tokens of the longest prompt in one model's format."""
+    longest = 0
+    for row in rows:
+        with _encoding(row, fmt):
+            longest = max(longest, len(fmt.prompt_ids(row)))
+    return longest
+
+
+@contextmanager
+def _encoding(row: Row, fmt: PromptFormat) -> Iterator[None]:
+    try:
+        yield
     except OpdError:
         raise
     except Exception as error:  # tokenizers raises a bare Exception, for example without an unknown token
@@ -159,7 +174,7 @@ def check_context(config: Config, texts: Texts, prompts: PromptStream, tasks: Se
     limit = config.sampling.max_tokens
     _fits("student", config.student, prompts.longest, limit, "sampling.max_tokens")
     if texts.teacher is not None and config.teacher is not None:
-        longest = max(len(texts.teacher.prompt_ids(prompt.row)) for prompt in prompts.prompts())
+        longest = _longest((prompt.row for prompt in prompts.prompts()), texts.teacher)
         _fits("teacher", config.teacher, longest, limit, "sampling.max_tokens")
         if config.evals.teacher:
             check_task_context(config, "teacher", config.teacher, texts.teacher, tasks)
@@ -172,7 +187,7 @@ def check_task_context(
     """The same for one model and the held-out tasks it takes."""
     for task in tasks:
         option = "sampling.max_tokens" if task.spec.sampling is None else f"max_tokens of task {task.spec.name}"
-        longest = max(len(fmt.prompt_ids(row)) for row in task.rows)
+        longest = _longest(task.rows, fmt)
         _fits(role, model, longest, (task.spec.sampling or config.sampling).max_tokens, option)
 
 

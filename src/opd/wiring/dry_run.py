@@ -9,6 +9,7 @@ from opd.config.objective import Term
 from opd.config.schema import Config, Model, Student, Teacher
 from opd.costs.memory import available_memory, training_memory
 from opd.journal.folder import check as check_folder
+from opd.journal.folder import holds_results
 from opd.models.loading import adapter_targets, pick_device, pick_dtype, read_config
 from opd.prompts.mixture import PromptStream
 from opd.reports.figures import count, counted
@@ -41,7 +42,7 @@ def dry_run(config: Config, console: Console | None = None) -> None:
             task.grader.close()
     check_folder(
         config.run.folder,
-        existing="refuse" if config.run.existing == "ask" else config.run.existing,
+        existing="overwrite" if config.run.existing == "overwrite" else "resume",
         config=config.model_dump(mode="json"),
     )
     sections = [
@@ -58,6 +59,8 @@ def dry_run(config: Config, console: Console | None = None) -> None:
             say(console, f"  {line}")
         say(console, "")
     _memory(config, prompts, console)
+    if config.run.existing in ("ask", "refuse") and holds_results(config.run.folder):
+        say(console, f"{config.run.folder} holds a run: go on with run.existing=resume, or delete it with overwrite")
 
 
 def _task(task: PreparedTask) -> str:

@@ -97,7 +97,7 @@ def _config(model: str, files: Sequence[str | Path], overrides: Sequence[str]) -
     base: dict[str, Any] = {
         "student": {"model": model},
         "objective": {"preset": "sft"},  # needs no teacher and puts no rule on sampling
-        "prompts": {"sources": [source]},
+        "prompts": {"sources": [{"kind": "inline", "rows": ["none"]}]},  # nothing is trained
         "evals": {"tasks": [task]},
     }
     lengths = {"samples": "evals.tasks.0.samples", "max_tokens": "sampling.max_tokens"}

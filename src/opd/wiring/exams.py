@@ -49,13 +49,13 @@ class Exams:
         return None if self.first is None else self._records.get((step, who, self.first))
 
     def best(self) -> Record | None:
-        """The best of the student's records on the first task after at least one step; the earlier of equal ones."""
+        """The best of the student's records on the first task; of equal ones the earlier, but not the untrained one."""
         taken = [
             record
             for (step, who, task), record in sorted(self._records.items())
-            if step and who == "student" and task == self.first and record["mean"] is not None
+            if who == "student" and task == self.first and record["mean"] is not None
         ]
-        return max(taken, key=lambda record: record["mean"], default=None)
+        return max(taken, key=lambda record: (record["mean"], record["step"] > 0), default=None)
 
     def missing(self, step: int, who: str) -> bool:
         """Whether a task has not been taken yet."""

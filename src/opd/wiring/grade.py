@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -69,6 +70,8 @@ def grade(
     """
     asked = _asked(teachers, student, options)
     page = None if out is None else _page(out, transcript)
+    if student_wrote and student is None:
+        raise BadInput("student_wrote says who wrote the text, but there is no student: name it, or leave it out")
     if top_k < 1 or limit < 1:
         raise BadInput(f"top_k and limit are at least 1, they are {top_k} and {limit}")
     found = read_transcript(transcript, asked.columns, step=step, limit=limit)
@@ -197,6 +200,8 @@ def _page(out: str | Path, transcript: Transcript) -> Path:
         raise BadInput(f"{out}: there is no folder {page.parent}")
     if page.is_dir():
         raise BadInput(f"{out} is a folder; name a file")
+    if not os.access(page.parent, os.W_OK):
+        raise BadInput(f"{out}: {page.parent} cannot be written to; choose another --out")
     if (
         isinstance(transcript, str | Path)
         and Path(transcript).expanduser().resolve() == page.with_suffix(".json").resolve()

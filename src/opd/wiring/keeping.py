@@ -40,6 +40,7 @@ class Keeping:
         self._checkpoints = Checkpoints(folder.checkpoints)
         self._written = time.monotonic()
         self._newest: int | None = None
+        self._best: int | None = None
 
     def step(self, facts: Mapping[str, Any]) -> None:
         """A step is in the record: keeps what is due."""
@@ -68,25 +69,23 @@ class Keeping:
         self._newest, self._written = step, time.monotonic()
 
     def best(self, exams: Exams) -> None:
-        """Keeps the student as it is now when no step before has done better on the first task."""
-        best = exams.best()
-        if (
-            not self._spec.best
-            or best is None
-            or best["step"] != self._learner.step
-            or self._best_step() == best["step"]
-        ):
+        """Keeps the student as it is now when it does best on the first task, the untrained student included."""
+        best, step = exams.best(), self._learner.step
+        if not self._spec.best or best is None or not step or best["step"] != step or self._best == step:
             return
         with self._ledger.seconds("save"):
             self._save_model(self._folder.best)
             mark = {"step": best["step"], "task": best["task"], "mean": best["mean"]}
             write_atomic(self._folder.best / BEST_MARK, json.dumps(mark).encode() + b"\n")
+        self._best = step
 
     def restore(self, found: Found) -> Mapping[str, Any]:
         """Puts learner and ledger where the checkpoint left them; returns the facts it was written with."""
         load_state(self._learner, found.path)
         self._ledger.go_on_from(found.facts["ledger"])
         self._newest = found.step
+        kept = self._best_step()  # a later one is of steps that are done again, perhaps with other options
+        self._best = kept if kept is not None and kept <= found.step else None
         return found.facts
 
     def _best_step(self) -> int | None:

@@ -28,7 +28,7 @@ from opd.wiring.build import (
     load_texts,
     training_params,
 )
-from opd.wiring.session import Run, Session
+from opd.wiring.session import Run, Session, report
 from opd.wiring.starting import begin, changes, existing, finished, stored
 
 Rows = Sequence[str | Mapping[str, Any] | Sequence[Mapping[str, str]]]
@@ -81,16 +81,16 @@ def execute(config: Config, *, console: Console | None = None) -> Run:
     ledger, stopping = Ledger(), Stopping()
     view = RunView(log_every=config.run.log_every, console=console)
     how = existing(config, view.console)
-    if how == "resume" and finished(config):
-        return _finished(config, view)
+    if how == "resume":
+        changes(config)
+        if finished(config):
+            return _finished(config, view)
     torch.manual_seed(config.run.seed)
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     with stopping.signals():
         with ledger.seconds("prepare"):
             check_folder(config.run.folder, existing=how, config=config.model_dump(mode="json"))
-            if how == "resume":
-                changes(config)
             check_tracker(config.tracking)
             texts = load_texts(config)
             prompts = load_prompts(config, texts.student)
@@ -118,9 +118,19 @@ def _finished(config: Config, view: RunView) -> Run:
     folder = Path(config.run.folder).expanduser()
     summary = read_summary(folder)
     assert summary is not None
+    if unused := changes(config):
+        view.message(f"{', '.join(unused)}: not looked at, since nothing is left to do")
     view.message(f"{folder}: all {summary['steps']} steps are done; run.steps=N with a larger N goes on")
-    results(summary, view.console)
+    results(summary, view.console, folder=folder)
+    if not _is_reported(folder):
+        report(folder, view)
     return Run(folder, folder / "final", summary)
+
+
+def _is_reported(folder: Path) -> bool:
+    """Whether the page is of the run's end: a run may be killed between its summary and its page."""
+    page = folder / "report.html"
+    return page.exists() and page.stat().st_mtime_ns >= (folder / "summary.json").stat().st_mtime_ns
 
 
 def environment(config: Config) -> dict[str, Any]:

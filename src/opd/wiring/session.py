@@ -12,11 +12,10 @@ import opd
 from opd.config.loading import config_hash, resolved
 from opd.config.schema import Config
 from opd.costs.ledger import Ledger
-from opd.errors import Interrupted, OpdError, ServiceUnavailable
-from opd.journal.reader import read_evals, read_metrics
+from opd.errors import Interrupted, OpdError, OutOfSpace, ServiceUnavailable
+from opd.journal.reader import read_evals
 from opd.journal.records import Status, summary_record
 from opd.learner.learner import LocalLearner
-from opd.loop.guards import guards_for
 from opd.loop.synchronous import Listener, Rooms, train
 from opd.models.adapters import adapter_notes, adapter_off_view, untrained_targets
 from opd.models.causal import CausalLM
@@ -35,6 +34,7 @@ from opd.rollouts.engine import EmbeddedEngine
 from opd.stopping import Stopping
 from opd.teachers.local import LocalTeacher
 from opd.types import Rollout, SamplingParams, StepReport
+from opd.wiring.alarms import Alarms
 from opd.wiring.build import PreparedTask, Texts, config_size, cut_answers
 from opd.wiring.exams import Exams, interval
 from opd.wiring.keeping import Keeping
@@ -76,7 +76,6 @@ class Session:
         self.stopping = stopping
         self.trained_tokens = 0
         self.stopped_by: str | None = None
-        self._guard_says: str | None = None
         done = 0 if start.found is None else start.found.step
         view.start(config.run.steps, self._headline(), done=done)
         view.phase("loading models")
@@ -141,10 +140,9 @@ class Session:
             self._resume()
         if start.identity is None:
             folder.log_event(0, "start", "the run begins", **identity)
-        self.history = read_metrics(folder.path)
         self.exams = Exams(self.config, self.tasks, folder, self.view, self.ledger, read_evals(folder.path))
         self.viewing = Viewing(self.config, self.texts, self.prompts, self.tasks, folder, self.teacher, self.student)
-        self.guards = guards_for(self.config, self.student.vocab_size)
+        self.alarms = Alarms(self.config, folder, self.view, self.student.vocab_size, start.events)
 
     def _resume(self) -> None:
         start, folder = self.start, self.folder
@@ -154,10 +152,12 @@ class Session:
         for kept in (folder.final, folder.best, *(folder.path / "weights").glob("step_*.old")):
             recover(kept.with_name(kept.name.removesuffix(".old")))
         folder.rewind(step if start.identity is not None else -1)
+        if start.about is not None:
+            folder.write_config(resolved(self.config), config_hash(self.config), start.about)
+        for note in start.skipped:
+            self._note("checkpoint_skipped", note)
         for note in start.notes:
-            kind = "checkpoint_skipped" if "passed over" in note else "resume"
-            folder.log_event(step, kind, note)
-            self.view.message(note)
+            self._note("changed", note)
         place = "its first step" if start.found is None else f"checkpoints/{start.found.path.name}"
         folder.log_event(step, "resume", f"the run goes on from {place}")
         self.view.message(f"goes on from {place}")
@@ -168,6 +168,7 @@ class Session:
         status: Status = "done"
         error: Exception | None = None
         try:
+            self._heed()
             self._evaluate(0)
             self._evaluate_teacher()
             train(
@@ -177,6 +178,7 @@ class Session:
                 ledger=self.ledger,
                 listener=Listener(on_step=self._on_step, on_phase=self._phase, look=self._look),
             )
+            self._still_diverged()
             self._evaluate(self.config.run.steps)
         except KeyboardInterrupt:
             status, error = "interrupted", Interrupted("")
@@ -185,6 +187,15 @@ class Session:
         except Exception as caught:  # out of memory, a full disk, ours: what was earned is kept, the record says failed
             status, error = "failed", caught
         return self._end(status, error)
+
+    def _still_diverged(self) -> None:
+        """A run that diverged in its last step is not done because it is taken up again and nothing is left to do."""
+        bad, most = self.learner.bad_in_a_row, self.config.learner.max_bad_steps
+        if bad >= most:
+            raise OpdError(
+                f"the last {counted(bad, 'update')} had a non-finite loss or gradient (learner.max_bad_steps = {most}) "
+                f"and no step is left of run.steps = {self.config.run.steps}. Lower optim.lr and ask for more steps."
+            )
 
     def _end(self, status: Status, error: Exception | None) -> Run:
         """Keeps what there is, writes the result and shows it. A further signal is taken at once."""
@@ -200,6 +211,8 @@ class Session:
             status, error = "failed" if status == "done" else status, error or caught
         if isinstance(error, Interrupted) and not str(error):
             error = Interrupted(self._stop_message(torn))
+        if isinstance(error, OutOfSpace):
+            error = OutOfSpace(f"{error} {self.folder.path}")
         self.stopped_by = None if error is None else str(error)
         if error is not None:
             self.folder.log_event(steps, "stop", f"{status}: {error}")
@@ -207,8 +220,8 @@ class Session:
         self.folder.write_summary(summary)
         self.tracker.close(status)
         self.view.finish()
-        results(summary, self.view.console)
-        self._report()
+        results(summary, self.view.console, folder=self.folder.path)
+        report(self.folder.path, self.view)
         if error is not None:
             raise error
         return Run(self.folder.path, self.folder.final, summary)
@@ -265,21 +278,15 @@ class Session:
             self.folder.write_rollouts(report.step, rollouts_N, self.texts.student.tokenizer.show, report.scores)
             self.tracker.log(report.step, numbers)
         self.view.step(line)
-        self.history.append(line)
-        self._watch(report.step)
+        self.alarms.step(line)
         self.keeping.step(self._facts())
         self.stopping.release()
-        if self._guard_says is not None:
-            raise Interrupted(f"{self._guard_says} (guards; to go on: opd resume {self.folder.path})")
+        self._heed()
 
-    def _watch(self, step: int) -> None:
-        """Guards look at the record; one that is told to stop does so when the step is whole."""
-        for alarm in self.guards.look(self.history):
-            facts = {"guard": alarm.guard, "action": alarm.action, **alarm.facts}
-            self.folder.log_event(step, "guard", alarm.message, **facts)
-            self.view.message(f"guard {alarm.message}")
-            if alarm.action == "stop":
-                self._guard_says = alarm.message
+    def _heed(self) -> None:
+        """A guard that is told to stop does so when the step is whole."""
+        if self.alarms.stop is not None:
+            raise Interrupted(f"{self.alarms.stop} (guards; to go on: opd resume {self.folder.path})")
 
     def _teacher_facts(self, step: int) -> dict[str, float]:
         """Whether the teacher still is the one of the first step, every so often."""
@@ -385,15 +392,6 @@ class Session:
             stopped_by=self.stopped_by,
         )
 
-    def _report(self) -> None:
-        """A page about the run; a page that cannot be written is not worth a run."""
-        from opd.reports.page.report import write_report
-
-        try:
-            self.view.message(f"report: {write_report(self.folder.path)}")
-        except (OpdError, OSError, ValueError) as error:
-            self.view.message(f"no report was written: {error}")
-
     def _headline(self) -> list[str]:
         config = self.config
         teacher = "no teacher" if config.teacher is None else config.teacher.model
@@ -412,3 +410,13 @@ class Session:
         if cut := cut_answers(config, self.prompts):
             notes.append(cut)
         return lines + [f"note: {note}" for note in notes]
+
+
+def report(folder: Path, view: RunView) -> None:
+    """A page about the run; a page that cannot be written is not worth a run."""
+    from opd.reports.page.report import write_report
+
+    try:
+        view.message(f"report: {write_report(folder)}")
+    except (OpdError, OSError, ValueError) as error:
+        view.message(f"no report was written: {error}")

@@ -11,10 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from opd.config.loading import CHANGEABLE, config_hash, differences, load_config, resolved
+from opd.config.problems import shown
 from opd.config.schema import Config
+from opd.config.schema_walk import value_at
 from opd.errors import ConfigError
-from opd.journal.checkpoints import Checkpoints, Found
+from opd.journal.checkpoints import Checkpoints, Found, Nothing
 from opd.journal.folder import Existing, RunFolder, holds_results
+from opd.journal.lock import is_run_folder
 from opd.journal.reader import read_config, read_environment, read_events, read_summary
 from opd.reports.progress import say
 
@@ -29,14 +32,20 @@ class Start:
     found      the checkpoint to go on from; None: the first step.
     resumes    how often the run has been taken up again, this time included; 0: it is new.
     identity   fingerprints of data and models when the run began; None: it is new, or was killed before it began.
-    notes      sentences about this start: checkpoints passed over, options and machines that changed.
+    skipped    sentences about checkpoints that were passed over.
+    notes      sentences about options and machines that changed.
+    events     what its earlier processes wrote to `events.jsonl`.
+    about      the environment to be written with the config, once the run is known to be the same; None: both stay.
     """
 
     folder: RunFolder
     found: Found | None = None
     resumes: int = 0
     identity: Mapping[str, Any] | None = None
+    skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    events: tuple[Mapping[str, Any], ...] = ()
+    about: Mapping[str, Any] | None = None
 
 
 def existing(config: Config, console: Console) -> Existing:
@@ -57,6 +66,10 @@ def stored(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = read_config(path)
     if config is None:
         raise ConfigError(f"{path}: the run was killed before it wrote its config; start it again with opd train")
+    for item in overrides:
+        option, _, value = item.removeprefix("--").partition("=")
+        if not _changeable(option):
+            raise _fixed(path, option, value_at(config, tuple(option.split("."))), value)
     here = [f"run.folder={path}", "run.existing=resume"]
     return load_config([], [*overrides, *here], base=config).config
 
@@ -71,18 +84,26 @@ def finished(config: Config) -> bool:
 def changes(config: Config) -> dict[str, tuple[Any, Any]]:
     """Options in which the config differs from the one in its folder; ConfigError for one that must not change."""
     folder = Path(config.run.folder).expanduser()
-    before = read_config(folder)
+    before = read_config(folder) if is_run_folder(folder) else None  # a first start has nothing to differ from
     if before is None:
         return {}
     changed = differences(before, resolved(config))
     for option, (old, new) in changed.items():
-        if not any(option.startswith(may) if may.endswith(".") else option == may for may in CHANGEABLE):
-            raise ConfigError(
-                f"{option}={new}, but the run in run.folder={folder} was started with {old}, and its steps so far "
-                f"depend on it. Leave it as it was, or start another run in another folder."
-            )
+        if not _changeable(option):
+            raise _fixed(folder, option, old, shown(new))
     quiet = ("run.folder", "run.existing")
     return {option: pair for option, pair in changed.items() if option not in quiet}
+
+
+def _changeable(option: str) -> bool:
+    return any(option.startswith(may) if may.endswith(".") else option == may for may in CHANGEABLE)
+
+
+def _fixed(folder: str | Path, option: str, old: Any, new: str) -> ConfigError:
+    return ConfigError(
+        f"{option}={new}, but the run in {folder} was started with {shown(old)}, and its steps so far depend on it. "
+        f"Leave it out, or start another run in another folder."
+    )
 
 
 def begin(config: Config, how: Existing, environment: Mapping[str, Any], needed_bytes: int) -> Start:
@@ -102,19 +123,19 @@ def begin(config: Config, how: Existing, environment: Mapping[str, Any], needed_
 
 
 def _resume(config: Config, path: Path, environment: Mapping[str, Any], needed_bytes: int) -> Start:
-    folder = RunFolder.reopen(path, needed_bytes=needed_bytes)
+    there = sum(f.stat().st_size for name in ("checkpoints", "final") for f in (path / name).rglob("*") if f.is_file())
+    folder = RunFolder.reopen(path, needed_bytes=max(0, needed_bytes - there))  # what is there makes room for the next
     try:
         changed = changes(config)
         before = read_environment(path) or {}
         events = read_events(path)
         newest = Checkpoints(folder.checkpoints).newest_good()
-        if changed:
-            folder.write_config(resolved(config), config_hash(config), environment)
+        _check_place(config, folder, newest)
     except BaseException:
         folder.close()
         raise
     moved = [(key, before[key], environment[key]) for key in MACHINE if before.get(key) != environment[key]]
-    notes = [f"{option} changes from {old} to {new}" for option, (old, new) in changed.items()]
+    notes = [f"{option} changes from {shown(old)} to {shown(new)}" for option, (old, new) in changed.items()]
     notes += [
         f"{key} was {old} when the run began and is {new} now: it goes on, but not bit for bit"
         for key, old, new in moved
@@ -127,8 +148,27 @@ def _resume(config: Config, path: Path, environment: Mapping[str, Any], needed_b
         found=newest if isinstance(newest, Found) and identity is not None else None,
         resumes=1 + sum(event["kind"] == "resume" for event in events),
         identity=identity,
-        notes=(*newest.skipped, *notes),
+        skipped=newest.skipped,
+        notes=tuple(notes),
+        events=tuple(events),
+        about=environment if changed else None,
     )
+
+
+def _check_place(config: Config, folder: RunFolder, newest: Found | Nothing) -> None:
+    """ConfigError when going on would throw away a trained student, or end before the step where the run is."""
+    if isinstance(newest, Nothing) and folder.final.exists():
+        why = "; ".join(newest.skipped) or "there is none"
+        raise ConfigError(
+            f"{folder.path}: without a good checkpoint ({why}) the run would begin again and delete its student in "
+            f"final/. Begin again with opd train and run.existing=overwrite, or train on from final/ in another folder "
+            f"(student.model={folder.final})."
+        )
+    if isinstance(newest, Found) and newest.step > config.run.steps:
+        raise ConfigError(
+            f"run.steps={config.run.steps}, but the run in run.folder={folder.path} has {newest.step} steps behind it. "
+            f"Ask for {newest.step} or more."
+        )
 
 
 def same_run(start: Start, now: Mapping[str, Any]) -> None:
