@@ -182,7 +182,7 @@ def repetition(spec: Repetition, lines: Lines) -> Sign | None:
 
 
 def entropy_collapse(spec: EntropyCollapse, lines: Lines) -> Sign | None:
-    entropy, kl = lines.change("entropy", scale=spec.share * spec.nats), lines.change("reverse_kl")
+    entropy, kl = lines.change("entropy", scale=1e-3), lines.change("reverse_kl")
     if entropy is None or kl is None or not entropy.fell:
         return None
     if entropy.after > spec.share * entropy.before or entropy.after > spec.nats:
