@@ -110,7 +110,7 @@ def test_how_far_the_divergence_has_to_jump(spec, speaks):
 
 def test_a_divergence_that_jumps_about_is_seen_as_well():
     """As measured at a learning rate of 0.05 with four answers a step."""
-    history = [{"reverse_kl": kl, "loss": kl} for kl in (0.66, 13.03, 9.95, 8.24, 12.11, 9.53)]
+    history: list[dict[str, Any]] = [{"reverse_kl": kl, "loss": kl} for kl in (0.66, 13.03, 9.95, 8.24, 12.11, 9.53)]
     assert alarms(guards(window=4), history) == [(5, "kl_rising")]
 
 
