@@ -22,7 +22,7 @@ from tests.config.recipes import BASE, PROMPTS, STUDENT, TASK, TEACHER, refused
         ("model: m\n", ["did you mean student.model or teacher.model?"]),
         ("optimm: {lr: 1}\n", ["optimm: there is no such option", "did you mean optim?"]),
         ("optim.lr: 1\n", ["in a file this is written optim: {lr: ...}"]),
-        ("wholly_else: 1\n", ["allowed: student, teacher, prompts, sampling, engine, objective"]),
+        ("wholly_else: 1\n", ["allowed: student, teacher, scorers, prompts, sampling, engine, objective"]),
         (
             "optim: {lr: fast}\n",
             ["optim.lr: this value does not fit", 'given: "fast"', "allowed: a number greater than 0"],
@@ -62,7 +62,7 @@ from tests.config.recipes import BASE, PROMPTS, STUDENT, TASK, TEACHER, refused
         ("student: Qwen/Qwen3\n", ["student: this is given twice"]),
     ],
 )
-def test_one_mistake(tmp_path, text, said):
+def test_O_22_one_mistake(tmp_path, text, said):
     error = refused(tmp_path, BASE + text)
     for part in said:
         assert part in error

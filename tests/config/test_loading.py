@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from opd.config.loading import given, json_schema, load_config
+from opd.config.loading import changeable, given, json_schema, load_config
+from opd.config.slots import Sampled
 from opd.errors import ConfigError
 from tests.config.recipes import BASE, TASK, load, refused, write
 
@@ -71,7 +72,7 @@ def test_text_options_take_the_text_of_an_override(tmp_path, value, read):
 
 def test_overrides_replace_whole_sections(tmp_path):
     text = BASE + "objective: {preset: jsd, parameters: {beta: 0.1}}\n"
-    assert load(tmp_path, text, "objective={preset: tml}").config.objective.terms[0].support == "sampled"
+    assert load(tmp_path, text, "objective={preset: tml}").config.objective.terms[0].support == Sampled()
     assert load(tmp_path, text, "objective.parameters={}").config.objective.terms[0].shape.beta == 0.5
 
 
@@ -104,7 +105,7 @@ def test_origins_are_exact_and_complete(tmp_path):
     assert origins["student.model"] == "recipe.yaml:1"
     assert origins["prompts.sources.0.path"] == "recipe.yaml:5"
     assert origins["optim.lr"] == "recipe.yaml:7"
-    assert origins["objective.terms.0.shape.beta"] == origins["objective.behaviour"] == "recipe.yaml:9"
+    assert origins["objective.terms.0.shape.beta"] == origins["objective.behaviour.kind"] == "recipe.yaml:9"
     assert origins["run.seed"] == "second.toml:2"
     assert origins["run.steps"] == origins["optim.eps"] == "command line"
     assert origins["optim.betas"] == origins["evals.tasks"] == origins["objective.student_temperature"] == "default"
@@ -156,3 +157,43 @@ def test_arguments_that_are_not_data():
         load_config([], base={"student": {"model": object()}})
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config([], ["student.model=\ud800"])
+
+
+@pytest.mark.parametrize(
+    ("option", "may"),
+    [
+        ("run.steps", True),
+        ("views.every", True),
+        ("teacher.device", True),
+        ("scorers.maths.device", True),
+        ("scorers.maths.offload", True),
+        ("scorers.maths.model", False),
+        ("scorers.maths.weights", False),
+        ("teacher.temperature", False),
+        ("objective.preset", False),
+    ],
+)
+def test_what_may_change_when_a_run_goes_on(option, may):
+    assert changeable(option) == may
+
+
+def test_scorers_of_any_name_are_set_and_merged(tmp_path):
+    text = BASE + "scorers: {reference: {model: a, offload: cpu}}\nobjective: {preset: exopd}\n"
+    config = load(tmp_path, text, "scorers.reference.model=b").config
+    assert (config.scorers["reference"].model, config.scorers["reference"].offload) == ("b", "cpu")
+    made = load(
+        tmp_path, BASE + "objective: {preset: exopd}\n", "scorers.reference.weights=past", "scorers.reference.every=7"
+    )
+    assert (made.config.scorers["reference"].weights, made.config.scorers["reference"].every) == ("past", 7)
+    assert made.origins["scorers.reference.every"] == "command line"
+
+
+def test_mixtures_are_read_from_every_kind_of_file(tmp_path):
+    mixture = (
+        "objective: {preset: gkd, behaviour: {kind: mixture, of: [{writer: student, share: 0.25}, {writer: "
+        "{kind: teacher}, share: 0.75}]}}\n"
+    )
+    config = load(tmp_path, BASE + mixture).config
+    assert [part.share for part in config.objective.behaviour.of] == [0.25, 0.75]
+    config = load(tmp_path, BASE + mixture, "objective.behaviour.of.0.writer=dataset").config
+    assert config.objective.behaviour.of[0].writer.kind == "dataset"

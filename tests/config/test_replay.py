@@ -37,7 +37,11 @@ source = st.one_of(
 )
 term = st.fixed_dictionaries(
     {"name": words, "coefficient": positive},
-    optional={"shape": st.fixed_dictionaries({"kind": st.just("jsd"), "beta": st.floats(0.01, 0.99)})},
+    optional={
+        "shape": st.fixed_dictionaries(
+            {"kind": st.just("jsd"), "beta": st.floats(0.01, 0.99), "normalised": st.booleans()}
+        )
+    },
 )
 objective = st.one_of(
     st.fixed_dictionaries({"preset": st.sampled_from(["reverse_kl", "forward_kl", "tml"])}),
@@ -103,7 +107,7 @@ def test_resolved_holds_every_option_and_the_expanded_terms():
     unchecked = Config.model_validate(raw)
     data = resolved(unchecked)
     assert data["objective"]["preset"] == "reverse_kl"
-    assert data["objective"]["behaviour"] == "student"
+    assert data["objective"]["behaviour"] == {"kind": "student"}
     assert data["objective"]["terms"][0]["shape"] == {"kind": "reverse_kl"}
     assert set(data) == set(Config.model_fields) and data["optim"]["lr"] == Config.model_fields["optim"].default.lr
     assert config_hash(unchecked) == config_hash(check(unchecked))

@@ -23,7 +23,7 @@ def test_the_defaults_are_accepted_with_and_without_a_teacher(tmp_path):
         (SFT + "guards: {repetition: {action: stop}}\n", ["guards.repetition.action: nothing reads it", "is dataset"]),
         (
             SFT + "guards: {uniform_teacher: {nats: 1}}\n",
-            ["guards.uniform_teacher.nats", "no term has target: teacher"],
+            ["guards.uniform_teacher.nats", "no term has a target"],
         ),
         (
             BASE + "guards: {policy_gap: {steps: 2}}\nlearner: {updates_per_batch: 2}\n",
@@ -59,3 +59,17 @@ def test_each_reason_to_be_blind():
     with pytest.warns(ConfigWarning):
         assert set(blind(rooms.config(full, learner={"updates_per_batch": 2}))) == {"policy_gap"}
     assert set(blind(rooms.config(full, sampling={"temperature": 0.7}))) == {"policy_gap"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ({"preset": "grpo", "parameters": {"kl": 0.01}}, {"kl_rising"}),  # the anchor is left behind on purpose
+        ({"preset": "gkd_rl"}, set()),  # a teacher beside the reward
+        ({"preset": "no_teacher"}, set()),  # no reward
+    ],
+)
+def test_the_distance_to_an_anchor_may_rise(objective, more):
+    needs = {} if objective["preset"] == "no_teacher" else {"rewards": {"grader": {"kind": "math"}}}
+    teacher = {} if objective["preset"] == "gkd_rl" else {"teacher": None}
+    assert set(blind(rooms.config(objective, **needs, **teacher))) == more

@@ -15,12 +15,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from opd.config.checks import check, expanded
+from opd.config.checks import check
+from opd.config.expansion import expanded, scorer_paths
 from opd.config.presets import expand
 from opd.config.problems import Problem, config_error, explain, origin_of
 from opd.config.reading import Layer, Unreadable, read_file, read_mapping, read_value
 from opd.config.schema import Config
 from opd.config.schema_walk import ROOT, KeyPath, Option, dotted, option_at, value_at
+from opd.errors import ConfigError
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
@@ -32,6 +34,7 @@ NOT_IN_HASH = ("run.folder", "run.log_every", "run.existing", "checkpoints", "vi
 CHANGEABLE = (
     *("run.folder", "run.existing", "run.log_every", "run.steps", "run.threads", "optim.lr", "optim.clip_norm"),
     *("optim.final_lr_fraction", "learner.tokens_per_micro_batch", "learner.chunk_tokens", "learner.max_bad_steps"),
+    "learner.kernel",
     *("evals.every", "evals.workers", "checkpoints.", "views.", "guards.", "tracking.", "engine."),
     *("student.device", "student.gradient_checkpointing", "teacher.device", "teacher.offload"),
 )
@@ -89,6 +92,14 @@ def resolved(config: Config) -> dict[str, Any]:
     return expanded(config).model_dump(mode="json")
 
 
+def changeable(option: str) -> bool:
+    """Whether a dotted option may change when a run goes on."""
+    section, _, rest = option.partition(".")
+    if section == "scorers":  # as the short form, teacher
+        option = f"teacher.{rest.partition('.')[2]}"
+    return any(option.startswith(may) if may.endswith(".") else option == may for may in CHANGEABLE)
+
+
 def given(config: Config) -> dict[str, Any]:
     """The options that were given, without defaults and without what the preset stands for."""
     data = config.model_dump(mode="json", exclude_unset=True)
@@ -98,7 +109,18 @@ def given(config: Config) -> dict[str, Any]:
         for name in ("behaviour", "terms"):
             if getattr(objective, name) == getattr(preset, name):
                 data.get("objective", {}).pop(name, None)
+        for path, value in scorer_paths(preset):
+            if value_at(data, path) == value:
+                _taken_out(data, path)
     return data
+
+
+def _taken_out(data: dict[str, Any], path: KeyPath) -> None:
+    """Removes an option, and the sections that are empty then."""
+    for end in range(len(path), 0, -1):
+        section = value_at(data, path[: end - 1])
+        if end == len(path) or not section[path[end - 1]]:
+            del section[path[end - 1]]
 
 
 def config_hash(config: Config) -> str:
@@ -141,9 +163,20 @@ class _Draft:
 
     def origin(self, path: KeyPath) -> str:
         """Where the value at `path` comes from; what a preset stands for comes from where the preset does."""
-        if path[:2] in (("objective", "behaviour"), ("objective", "terms")) and not _is_given(path, self.data):
+        if not _is_given(path, self.data) and (
+            path[:2] in (("objective", "behaviour"), ("objective", "terms")) or path in self._scorers_of_preset()
+        ):
             path = ("objective", "preset")
         return origin_of(path, self.origins) if _is_given(path, self.data) else DEFAULT
+
+    def _scorers_of_preset(self) -> set[KeyPath]:
+        objective = self.data.get("objective")
+        if not isinstance(objective, dict) or not isinstance(objective.get("preset"), str):
+            return set()
+        try:
+            return {path for path, _ in scorer_paths(expand(objective["preset"], objective.get("parameters") or {}))}
+        except (ConfigError, ValidationError):
+            return set()  # told elsewhere
 
     def merge(self, layer: Layer, path: KeyPath = ()) -> None:
         """Lays `layer` over what is there."""

@@ -1,89 +1,103 @@
-"""The objective as data: a sum of terms, each a point in the algebra of `docs/architecture.md`. Imports no torch.
+"""The objective as data: a sum of terms, each a point in the algebra of `docs/objectives.md`. Imports no torch.
 
-Slots that a term has today: target, shape, support, importance weights, reduction. A new method is a new value of a
-slot or a new preset in `presets.py`; neither the loop nor the learner knows any of their names.
+A slot is a small class per choice (`shapes.py`, `targets.py`, `slots.py`); a term holds one choice for each slot. A new
+method is a new choice or a new preset: neither the loop nor the learner knows any of their names.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Discriminator, Field, Tag
 
+from opd.config.behaviours import AnyBehaviour, BehaviourKind
+from opd.config.shapes import AnyShape, ReverseKL
+from opd.config.slots import AnySupport, Credit, Full, Importance, NoImportance, Number, Tokens
+from opd.config.spec import Spec
+from opd.config.targets import AnyTarget, Single
 
-class Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ReverseKL(Spec):
-    """KL(student || teacher): h(r) = log r. Mode-seeking; the usual choice for on-policy distillation."""
-
-    formula: ClassVar[str] = "KL(student || teacher)"
-    kind: Literal["reverse_kl"] = "reverse_kl"
+Reduction = Literal["token_mean", "sequence_mean", "constant"]
 
 
-class ForwardKL(Spec):
-    """KL(teacher || student): h(r) = r - 1. Mass-covering."""
-
-    formula: ClassVar[str] = "KL(teacher || student)"
-    kind: Literal["forward_kl"] = "forward_kl"
-
-
-class JensenShannon(Spec):
-    """GKD's generalised JSD, beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p."""
-
-    formula: ClassVar[str] = "JSD(teacher, student)"
-    kind: Literal["jsd"] = "jsd"
-    beta: float = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in the mixture")
-    normalised: bool = Field(
-        default=False, description="divide by beta (1 - beta), which is continuous to forward (0) and reverse KL (1)"
-    )
-
-
-Shape = Annotated[ReverseKL | ForwardKL | JensenShannon, Field(discriminator="kind")]
-FORMULAS = {shape.model_fields["kind"].default: shape.formula for shape in (ReverseKL, ForwardKL, JensenShannon)}
-
-
-class Term(Spec):
-    """One summand: coefficient x (mean over its tokens of a divergence between target and student)."""
+class TermBase(Spec):
+    """What every term has: a name, a size, whose answers and which tokens it reads, and how it takes their mean."""
 
     name: str = Field(description="how metrics call it")
-    coefficient: float = 1.0
-    target: Literal["teacher", "data"] = Field(
-        default="teacher",
-        description="whose tokens the student moves to: the teacher's distribution, or the data's own tokens",
+    coefficient: Number = Field(default=1.0, description="a number, or one that goes from start to end over steps")
+    written_by: tuple[BehaviourKind, ...] = Field(
+        default=(), description="whose answers it reads, where several write; empty: everybody's"
     )
-    shape: Shape = ReverseKL()
-    support: Literal["full", "sampled"] = Field(
-        default="full",
-        description="full: the whole vocabulary at every position; sampled: only the token that was drawn",
-    )
-    advantage_under: Literal["student", "sampler"] = Field(
-        default="student",
-        description="whose log-probability enters the log-ratio of a sampled term: the student's as it is now, "
-        "or the one recorded when the token was drawn (as in Thinking Machines' code)",
-    )
-    importance: Literal["none", "ratio"] = Field(
-        default="none", description="weight of a sampled token: 1, or student now / sampler then, unclipped"
-    )
-    reduction: Literal["token_mean", "sequence_mean"] = Field(
+    domains: tuple[str, ...] = Field(default=(), description="the rows it reads, by domain; empty: all")
+    tokens: Tokens = Tokens()
+    reduction: Reduction = Field(
         default="token_mean",
-        description="mean over all trained tokens of the step, or over answers of their own token means",
+        description="token_mean: over all tokens the term trains in the step; sequence_mean: over answers of their own "
+        "token means; constant: the sum over answers, divided by the number of those with a trained token times "
+        "sampling.max_tokens, or what sampling.horizon makes of it in the step",
     )
+
+
+class DivergenceTerm(TermBase):
+    """coefficient x mean of a divergence of the student from a target."""
+
+    kind: Literal["divergence"] = "divergence"
+    target: AnyTarget = Single()
+    shape: AnyShape = ReverseKL()
+    support: AnySupport = Full()
+    credit: Credit = Credit()
+    advantage_under: Literal["student", "sampler", "proximal"] = Field(
+        default="student",
+        description="whose log-probability enters the log-ratio of a sampled term: the student's as it is now, the one "
+        "recorded when the token was drawn (as in Thinking Machines' code), or the student's at the first of "
+        "learner.updates_per_batch updates",
+    )
+    importance: Importance = NoImportance()
+
+
+class OutcomeTerm(TermBase):
+    """coefficient x policy gradient of the reward of whole answers, as the grader of `rewards` gives it."""
+
+    kind: Literal["outcome"] = "outcome"
+    advantage: Literal["group", "centred", "plain"] = Field(
+        default="group",
+        description="group: (reward - mean) / deviation among the answers to one prompt (GRPO); centred: not divided "
+        "by the deviation; plain: the reward itself",
+    )
+    importance: Importance = NoImportance()
+
+
+class DataTerm(TermBase):
+    """coefficient x cross-entropy on answers that somebody else wrote: the data, or a teacher."""
+
+    kind: Literal["data"] = "data"
+
+
+def _kind(value: Any) -> str:
+    return value.get("kind", "divergence") if isinstance(value, dict) else getattr(value, "kind", "divergence")
+
+
+Term = Annotated[
+    Annotated[DivergenceTerm, Tag("divergence")]
+    | Annotated[OutcomeTerm, Tag("outcome")]
+    | Annotated[DataTerm, Tag("data")],
+    Discriminator(_kind),
+]
 
 
 class Objective(Spec):
     """What is minimised. Name a preset, or list the terms; a resolved config holds both and they must agree."""
 
-    preset: str | None = Field(default=None, description="a named method: see `opd config presets`")
+    preset: str | None = Field(default=None, description="a named method: see `opd objectives`")
     parameters: dict[str, Any] = Field(default_factory=dict, description="parameters of the preset, e.g. {beta: 0.1}")
-    behaviour: Literal["student", "dataset"] | None = Field(
-        default=None, description="who writes the answers that are trained on; the preset decides when it is not given"
+    behaviour: AnyBehaviour | None = Field(
+        default=None,
+        description="who writes the answers that are trained on; when it is not given the preset decides, and without "
+        "one it is the student",
     )
     terms: tuple[Term, ...] = ()
     student_temperature: float = Field(
         default=1.0, gt=0, description="divides the student's logits inside the objective"
     )
     teacher_temperature: float = Field(
-        default=1.0, gt=0, description="divides the teacher's logits inside the objective"
+        default=1.0, gt=0, description="divides scorers' logits inside the objective, where they do not say their own"
     )

@@ -3,11 +3,14 @@ objective's in `objective.py`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from opd.config.objective import Objective, Spec
+from opd.config.objective import Objective
+from opd.config.slots import Schedule
+from opd.config.spec import Spec
 
 # ---- models -----------------------------------------------------------------------------------------------------
 
@@ -79,17 +82,39 @@ class Student(Model):
     )
 
 
-class Teacher(Model):
-    """The model that scores. Forward only."""
+class Context(Spec):
+    """What a scorer reads instead of the row's own prompt: more than the student sees (a solution), or less."""
 
-    offload: Literal["none", "cpu"] = Field(
-        default="none", description="cpu: kept in host memory between scoring calls"
+    template: str = Field(
+        default="{prompt}",
+        description="text in which {prompt} and {column} of the row are filled in; for a chat, its last user turn",
+    )
+    system_prompt: str | None = Field(default=None, description="put before the chat; none: the format's own")
+
+
+class Scorer(Model):
+    """A model that reads answers and says how likely every token was. Forward only."""
+
+    model: str | None = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=None, description="folder or hub name, e.g. an earlier RUN/weights/step_000100; weights: model needs it"
+    )
+    weights: Literal["model", "student", "initial", "ema", "past", "adapter_off"] = Field(
+        default="model",
+        description="model: its own; student: the student's as they are now, held fixed; initial: the student's before "
+        "training; ema: their moving average; past: a copy that is renewed every `every` steps; adapter_off: the "
+        "student's without its adapter, in no memory of their own",
+    )
+    ema_rate: float = Field(default=0.05, gt=0, le=1, description="of weights: ema; share of the new weights per step")
+    every: int = Field(default=50, ge=1, description="of weights: past; steps between two copies")
+    context: Context = Context()
+    temperature: float | None = Field(
+        default=None, gt=0, description="divides its logits; none: objective.teacher_temperature"
+    )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="between scoring calls: none: stays on its device; cpu: in host memory; disk: loaded each step",
     )
     quantisation: Quantisation = Field(default="none", description="weights in 8 or 4 bits through bitsandbytes")
-    adapter_off: bool = Field(
-        default=False,
-        description="the student's own weights with its adapter off, in no memory of its own; model is the student's",
-    )
 
 
 # ---- data -------------------------------------------------------------------------------------------------------
@@ -178,6 +203,10 @@ class Sampling(Spec):
     stop_tokens: tuple[str, ...] = Field(
         default=(), description="tokens that end an answer besides the format's end tokens"
     )
+    horizon: Schedule | None = Field(
+        default=None,
+        description="answers are cut at so many tokens, which may grow over the steps (prefix OPD); training only",
+    )
 
 
 class Engine(Spec):
@@ -240,6 +269,13 @@ Grader = Annotated[
 ]
 
 
+class Rewards(Spec):
+    """How the answers that are trained on are graded: for outcome terms and verifier-gated shapes."""
+
+    grader: Grader
+    workers: int = Field(default=2, ge=1, description="grader processes")
+
+
 class Task(Spec):
     """One held-out task."""
 
@@ -285,10 +321,25 @@ class Learner(Spec):
     chunk_tokens: int = Field(
         default=512,
         ge=1,
-        description="tokens whose logits exist at the same time; at most this many x vocabulary floats",
+        description="tokens whose logits exist at the same time; at most this many x vocabulary floats, or 4 MB",
+    )
+    kernel: Literal["auto", "tiled", "triton"] = Field(
+        default="auto",
+        description="code of the pass over the vocabulary: tiled is plain torch; auto takes triton on CUDA, where it "
+        "is installed and gives what tiled gives",
     )
     updates_per_batch: int = Field(default=1, ge=1, description="optimiser steps on the same rollouts")
-    max_bad_steps: int = Field(default=5, ge=1, description="stop after so many non-finite steps in a row")
+    max_bad_steps: int = Field(
+        default=5,
+        ge=1,
+        description="stop after so many steps in a row that are not finite or have no token to train",
+    )
+    diagnostics_every: int = Field(
+        default=10,
+        ge=0,
+        description="steps between two full diagnostics (both KLs, entropies, top-k overlap, log-ratio quantiles, KL "
+        "by position, gradient signal to noise); 0: never",
+    )
 
 
 class Checkpoints(Spec):
@@ -371,16 +422,17 @@ class KLRising(Guard):
 
 
 class UniformTeacher(Guard):
-    """The teacher says the same of every token: it knows nothing."""
+    """A scorer says the same of every token: it knows nothing."""
 
     nats: float = Field(
         default=0.05, gt=0, description="its mean log-probability is this near to -log V, and spreads less than this"
     )
-    steps: int = Field(default=3, ge=1, le=1000, description="in so many steps in a row")
+    steps: int = Field(default=3, ge=1, le=1000, description="in so many steps in a row in which it read anything")
 
 
 class ChangedTeacher(Guard):
-    """The teacher's weights, tokenizer or template are not those that the run began with."""
+    """A scorer's weights, tokenizer or template are not those that the run began with. Scorers whose weights follow
+    the student are left out."""
 
     every: int = Field(default=50, ge=1, description="steps between two looks at its fingerprint")
 
@@ -437,11 +489,17 @@ class Config(Spec):
     """A whole run."""
 
     student: Student
-    teacher: Teacher | None = Field(default=None, description="not needed when every term has target: data")
+    teacher: Scorer | None = Field(
+        default=None, description="the scorer named teacher; not needed when no term has a target"
+    )
+    scorers: Mapping[str, Scorer] = Field(
+        default_factory=dict, description="further models that score, by the names that targets and behaviours use"
+    )
     prompts: Prompts
     sampling: Sampling = Sampling()
     engine: Engine = Engine()
     objective: Objective = Objective(preset="reverse_kl")
+    rewards: Rewards | None = Field(default=None, description="how training answers are graded, for terms that ask")
     optim: Optim = Optim()
     learner: Learner = Learner()
     evals: Evals = Evals()

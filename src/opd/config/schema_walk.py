@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from opd.config.objective import Spec
+from pydantic import BeforeValidator, Discriminator
+
 from opd.config.schema import Config
+from opd.config.spec import Spec
 
 KeyPath = tuple[str | int, ...]
 
@@ -42,7 +44,12 @@ class Option:
     def sections(self) -> dict[str, type[Spec]]:
         """The sections that may stand here, by `kind` (by their own name where there is nothing to choose)."""
         models = [t for t in self.alternatives if isinstance(t, type) and issubclass(t, Spec)]
-        return {m.model_fields["kind"].default if "kind" in m.model_fields else m.__name__: m for m in models}
+        return {kind: m for m in models for kind in _kinds(m)}
+
+    @property
+    def is_section(self) -> bool:
+        """Whether nothing but a section (or null) may stand here."""
+        return {*self.alternatives} - {type(None)} == {*self.sections.values()} != set()
 
     @property
     def takes_only_text(self) -> bool:
@@ -52,11 +59,36 @@ class Option:
     def is_list(self) -> bool:
         return any(get_origin(kind) is tuple for kind in self.alternatives)
 
+    @property
+    def values(self) -> Option | None:
+        """What stands under every key of a mapping with keys of the user's choice; None where there is none."""
+        maps = [get_args(kind)[1] for kind in self.alternatives if get_origin(kind) in (dict, Mapping)]
+        return Option(maps[0]) if maps else None
+
+    @property
+    def marks(self) -> tuple[Any, ...]:
+        """What is annotated here: bounds, discriminators, validators."""
+        parts = get_args(self.annotation)
+        if get_origin(self.annotation) is Annotated:
+            return (*self.metadata, *parts[1:], *Option(parts[0]).marks)
+        unions = parts if get_origin(self.annotation) in (Union, UnionType) else ()
+        return (*self.metadata, *(mark for part in unions for mark in Option(part).marks))
+
+    @property
+    def has_short_form(self) -> bool:
+        """Whether text may stand for a whole section: `importance: ratio`, `target: math_teacher`."""
+        return bool(self.sections) and any(isinstance(mark, BeforeValidator) for mark in self.marks)
+
     def section(self, value: Any) -> type[Spec] | None:
         """The section that `value` is, as far as its `kind` tells."""
-        if len(self.sections) == 1:
-            return next(iter(self.sections.values()))
-        kind = value.get("kind") if isinstance(value, Mapping) else None
+        models = list(dict.fromkeys(self.sections.values()))
+        if len(models) == 1:
+            return models[0]
+        if not isinstance(value, Mapping):
+            return None
+        chosen = [mark.discriminator for mark in self.marks if isinstance(mark, Discriminator)]
+        choose = next((one for one in chosen if isinstance(one, Callable)), lambda value: value.get("kind"))
+        kind = choose(value)
         return self.sections.get(kind) if isinstance(kind, str) else None
 
     def child(self, key: str | int, value: Any = None) -> Option | None:
@@ -69,12 +101,18 @@ class Option:
         for kind in self.alternatives:
             if get_origin(kind) is tuple and isinstance(key, int):
                 return Option(get_args(kind)[0])
-            if get_origin(kind) is dict and isinstance(key, str):
-                return Option(Any)
+        if self.values and isinstance(key, str):
+            return self.values
         return Option(Any) if self.annotation is Any else None
 
 
 ROOT = Option(Config)
+
+
+def _kinds(section: type[Spec]) -> tuple[str, ...]:
+    """The values of `kind` that mean this section; its own name where it has none."""
+    field = section.model_fields.get("kind")
+    return get_args(field.annotation) if field else (section.__name__,)
 
 
 def value_at(data: Any, path: KeyPath) -> Any:
@@ -110,7 +148,8 @@ def describe(option: Option) -> str:
 def _describe_type(kind: Any, option: Option) -> str:
     if isinstance(kind, type) and issubclass(kind, Spec):
         if len(option.sections) > 1:
-            return f"a section with kind: {' | '.join(option.sections)}"
+            short = "text, or " if option.has_short_form else ""
+            return f"{short}a section with kind: {' | '.join(option.sections)}"
         return f"a section with the options {', '.join(kind.model_fields)}"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
@@ -120,6 +159,8 @@ def _describe_type(kind: Any, option: Option) -> str:
         return f"a list of {size}entries, each {describe(Option(parts[0]))}"
     if get_origin(kind) is dict:
         return "a mapping"
+    if get_origin(kind) is Mapping:
+        return f"a mapping from names, each to {describe(Option(get_args(kind)[1]))}"
     names = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
     return names.get(kind, "any value")
 
@@ -140,6 +181,9 @@ def every_path(data: Any, option: Option = ROOT, path: KeyPath = ()) -> Iterator
     if section := option.section(data):
         for name, field in section.model_fields.items():
             yield from every_path(value_at(data, (name,)), Option(field.annotation), (*path, name))
+    if option.values and isinstance(data, Mapping):
+        for name in data:
+            yield from every_path(data[name], option.values, (*path, name))
     for kind in option.alternatives:
         if get_origin(kind) is tuple and Option(get_args(kind)[0]).sections:
             for i in range(len(data) if isinstance(data, list) and data else 1):
@@ -166,4 +210,6 @@ def nearest(path: KeyPath, data: Any) -> list[str]:
 
 
 def nearest_word(word: object, words: list[str]) -> list[str]:
-    return difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
+    """The word that is spelt most alike; else those, two at most, that hold it whole."""
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.6)
+    return close or [other for other in words if len(str(word)) > 3 and str(word) in other][:2]
