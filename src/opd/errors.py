@@ -38,12 +38,16 @@ class DataError(BadInput):
     """Rows that cannot be used: malformed, empty, a missing column."""
 
 
+class NothingToTrain(DataError):
+    """A step of whose answers no term has a token to train. Once a run has begun it is skipped, not the end."""
+
+
 class ModelError(BadInput):
     """A model or tokenizer that cannot be loaded, or a student and a teacher that do not fit together."""
 
 
 class TrainingDiverged(OpdError):
-    """Too many steps in a row had a non-finite loss or gradient. `report` is that of the last one."""
+    """Too many steps in a row had a non-finite loss or gradient, or nothing to train. `report`: of the last one."""
 
     def __init__(self, message: str, report: StepReport) -> None:
         super().__init__(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from opd.types import Batch, Grade, Prompt, Resolution, Rollout, Row, SamplingParams, ScorerRows, StepReport
+from opd.types import Batch, Grade, Prompt, Rollout, Row, SamplingParams, ScorerRows, StepReport, Want
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,12 @@ class Weights(Protocol):
 class EvidenceHandle(Protocol):
     """Lazy evidence on a batch of rollouts: nothing is computed or held until a micro-batch pulls it."""
 
-    def pull(self, batch: Batch, resolution: Resolution) -> dict[str, ScorerRows]:
-        """Scorer name to its rows, aligned with the flattened response tokens of `batch` (joined by rollout id)."""
+    def pull(self, batch: Batch, wants: Mapping[str, Want]) -> list[ScorerRows]:
+        """The rows of every wanted scorer that has something to read in `batch`, joined by rollout id."""
+        ...
+
+    def lengths(self) -> Mapping[str, Sequence[int]]:
+        """Scorer to the lengths of all sequences, prompt and answer, that it has read so far: what scoring cost."""
         ...
 
     def release(self) -> None:

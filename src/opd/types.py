@@ -21,8 +21,16 @@ if TYPE_CHECKING:
     import torch
 
 FinishReason = Literal["stop", "length"]
-Behaviour = Literal["student", "dataset"]
+Behaviour = Literal["student", "dataset", "teacher", "teacher_mixed", "speculative", "cached"]
 Resolution = Literal["sampled", "full"]
+
+
+@dataclass(frozen=True)
+class Want:
+    """What is asked of one scorer in a step: how much it says at a token, and on which rollouts (by id)."""
+
+    resolution: Resolution
+    rollouts: frozenset[str]
 
 
 class Message(TypedDict):
@@ -100,6 +108,7 @@ class Rollout:
     mask                bool [T]; True where the writer chose the token: the only tokens that may be trained.
     policy_version      which weights wrote it: the number of updates the student had seen.
     turns               (start, end) of each span the student wrote, in response positions.
+    reward              of the whole answer, in [0, 1]; None where nothing grades it, or the grader could not decide.
     """
 
     id: str
@@ -112,6 +121,7 @@ class Rollout:
     finish_reason: FinishReason
     sampling: SamplingParams | None = None
     turns: tuple[tuple[int, int], ...] = ()
+    reward: float | None = None
 
     @property
     def domain(self) -> str:
@@ -154,6 +164,8 @@ class Head:
 class ScorerRows:
     """A scorer's evidence for the response tokens of one micro-batch, flattened in the batch's own order.
 
+    index_T       int64 [R], ascending: the batch's tokens that these rows are about; None: all of them. Every other
+                  field has as many rows.
     valid_T       bool [T].
     logprobs_T    float32 [T] at the sampled tokens; present when the resolution is "sampled".
     hidden_TD     [T, D] and `head`; present when the resolution is "full".
@@ -166,6 +178,7 @@ class ScorerRows:
     logprobs_T: torch.Tensor | None = None
     hidden_TD: torch.Tensor | None = None
     head: Head | None = None
+    index_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

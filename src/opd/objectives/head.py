@@ -13,17 +13,38 @@ def head_logits(hidden_TD: Tensor, head: Head) -> Tensor:
 
     Products run in the dtype of `hidden_TD`; where the device can, they are accumulated and returned in float32.
     """
+    logits_TV = unordered_logits(hidden_TD, head)
+    return logits_TV if head.order_V is None else logits_TV.index_select(1, head.order_V)
+
+
+def unordered_logits(hidden_TD: Tensor, head: Head, into_TV: Tensor | None = None) -> Tensor:
+    """As `head_logits`, columns in the order of the head's own rows.
+
+    into_TV  where to write them, in the dtype of the result; only without a gradient.
+    """
     weight_VD = head.weight_VD[: head.vocab_size].to(hidden_TD.dtype)
-    if hidden_TD.is_cuda and hidden_TD.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled():
-        logits_TV = torch.mm(hidden_TD, weight_VD.T, out_dtype=torch.float32)
-    else:
+    if torch.is_grad_enabled():
         logits_TV = (hidden_TD @ weight_VD.T).to(torch.promote_types(hidden_TD.dtype, torch.float32))
+    else:
+        logits_TV = wide_product(hidden_TD, weight_VD.T, into_TV)
     if head.bias_V is not None:
-        logits_TV = logits_TV + head.bias_V[: head.vocab_size]
+        logits_TV += head.bias_V[: head.vocab_size]
     if head.scale != 1.0:
-        logits_TV = logits_TV * head.scale
+        logits_TV *= head.scale
     if head.softcap is not None:
-        logits_TV = head.softcap * torch.tanh(logits_TV / head.softcap)
-    if head.order_V is not None:
-        logits_TV = logits_TV.index_select(1, head.order_V)
+        logits_TV.div_(head.softcap).tanh_()
+        logits_TV = logits_TV * head.softcap if logits_TV.requires_grad else logits_TV.mul_(head.softcap)
     return logits_TV
+
+
+def wide_product(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
+    """left @ right of two matrices of one dtype as float32 (float64 for float64), without a gradient.
+
+    Devices that can give the sums as they were accumulated; others round them to the dtype of the inputs first."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        product = torch.mm(left, right, out_dtype=torch.float32)
+    elif into is not None and into.dtype == left.dtype:
+        return torch.mm(left, right, out=into)
+    else:
+        product = (left @ right).to(torch.promote_types(left.dtype, torch.float32))
+    return product if into is None else into.copy_(product)

@@ -1,84 +1,105 @@
 """From hidden states to loss and gradients, a tile of tokens at a time: the logits of a whole batch never exist.
 
 One pass serves every term of the objective. Per tile of C tokens the student's and the scorers' logits are made once,
-the gradient with respect to the student's logits is written down in closed form, and carried at once into the hidden
-states and the head:
-
-    full support       d loss / d z_v = -w p_v (h(r_v) - E_p[h])
-    sampled token y    d loss / d z_v = -w s (1[v = y] - p_v),    s = advantage x importance ratio, held fixed
-    data token y       the same with s = 1 (cross-entropy)
+the gradient with respect to the student's logits is written down in closed form (`terms.py`), in the place of the
+logits, and carried at once into the hidden states and the head: 2 T V (3 D_s + d) FLOPs, d the sum of D over scorers
+that give the whole vocabulary. Besides the tile of each model, only blocks of it are alive (`block.py`).
 
 Everything that is not a matrix product is float32, as is the sum of the head's gradient (float64 for float64 models).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.config.objective import Term
-from opd.objectives.head import head_logits
-from opd.objectives.shapes import REVERSE_KL, maths
+from opd.config.targets import STUDENT
+from opd.objectives.head import unordered_logits, wide_product
+from opd.objectives.kernels.block import Block, block_tokens, keep_freed_memory, part_tokens, tile_tokens
+from opd.objectives.kernels.checks import check_rows
+from opd.objectives.kernels.columns import Columns
+from opd.objectives.kernels.diagnostics import note_scorer, note_student
+from opd.objectives.kernels.gradient import BlockGradient
+from opd.objectives.kernels.reading import Reading
+from opd.objectives.kernels.rows import ScorerValues, TermRows, TermValues, TokenRows, TokenValues
+from opd.objectives.kernels.subset import Subset
+from opd.objectives.kernels.terms import TermOnBlock
 from opd.types import Head, ScorerRows
 
-
-@dataclass(frozen=True)
-class TokenRows:
-    """The response tokens of one micro-batch, flattened to [T].
-
-    token_T          int64; the tokens that were drawn.
-    behaviour_T      float32; their log-probability under the sampler, NaN where there is none.
-    weights          term name to float32 [T]; 0 leaves a token out, whatever its values are.
-    """
-
-    token_T: Tensor
-    behaviour_T: Tensor
-    weights: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TokenValues:
-    """Per-token facts of the pass, float32 [T], all detached.
-
-    terms           term name to the value of its divergence (full) or its estimate (sampled), unweighted.
-    logprob_T       the student's log-probability of the drawn token.
-    entropy_T       of the student's distribution.
-    reverse_kl_T    KL(student || teacher) in full, or log p - log q of the drawn token; None without a teacher.
-    teacher_T       the teacher's log-probability of the drawn token; None without a teacher.
-    """
-
-    terms: dict[str, Tensor]
-    logprob_T: Tensor
-    entropy_T: Tensor
-    reverse_kl_T: Tensor | None
-    teacher_T: Tensor | None
+__all__ = ["ScorerValues", "TermRows", "TermValues", "TokenRows", "TokenValues", "tiled_look", "tiled_loss"]
 
 
 def tiled_loss(
     hidden_TD: Tensor,
     head: Head,
     rows: TokenRows,
-    terms: Sequence[Term],
+    terms: Sequence[TermRows],
+    scorers: Sequence[ScorerRows],
     *,
-    scorer: ScorerRows | None,
     student_temperature: float,
     chunk_tokens: int,
+    diagnostics: bool = False,
 ) -> tuple[Tensor, TokenValues]:
-    """The weighted sum of all terms over these tokens (scalar, differentiable in `hidden_TD` and the head).
+    """The weighted sum of all terms over these tokens (scalar, differentiable in `hidden_TD` and the head), and facts.
 
-    hidden_TD   [T, D] student states that predict `rows.token_T`, in the compute dtype.
-    scorer      the teacher's rows; needed by terms with target "teacher". Full-support terms need its hidden states.
+    hidden_TD     [T, D] student states that predict `rows.token_T`, in the compute dtype.
+    scorers       those that a term reads; each may have its own width, dtype, temperature and tokens.
+    chunk_tokens  tokens whose logits exist at the same time, or 4 MB of them (`block.py`); no result depends on it
+                  beyond rounding.
+    diagnostics   adds what costs more passes over the vocabulary: forward KL, entropies, overlaps.
+    Raises ValueError when rows do not fit together (`checks.py`).
     """
-    bias_V = head.bias_V
+    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
+    return loss_of(TiledPass, hidden_TD, task)
+
+
+def tiled_look(
+    hidden_TD: Tensor,
+    head: Head,
+    rows: TokenRows,
+    terms: Sequence[TermRows],
+    scorers: Sequence[ScorerRows],
+    *,
+    student_temperature: float,
+    chunk_tokens: int,
+    diagnostics: bool = False,
+) -> TokenValues:
+    """The facts of `tiled_loss` alone: no gradient is made."""
+    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
+    return look_of(TiledPass, hidden_TD, task)
+
+
+def loss_of(kind: type[TiledPass], hidden_TD: Tensor, task: Task) -> tuple[Tensor, TokenValues]:
+    """The loss and the facts of one kind of pass."""
     values: list[TokenValues] = []
-    loss = _TiledLoss.apply(
-        hidden_TD, head.weight_VD, bias_V, head, rows, tuple(terms), scorer, student_temperature, chunk_tokens, values
-    )
+    loss = _TiledLoss.apply(hidden_TD, task.head.weight_VD, task.head.bias_V, kind, task, values)
     return loss, values[0]
+
+
+@torch.no_grad()
+def look_of(kind: type[TiledPass], hidden_TD: Tensor, task: Task) -> TokenValues:
+    """The facts alone."""
+    pass_ = kind(hidden_TD.detach(), task)
+    for tile in pass_.tiles():
+        pass_.fields(tile, gradient=False)
+    return pass_.values()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be made, as the arguments of `tiled_loss` say it."""
+
+    head: Head
+    rows: TokenRows
+    terms: tuple[TermRows, ...]
+    scorers: tuple[ScorerRows, ...]
+    temperature: float
+    chunk_tokens: int
+    diagnostics: bool
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -90,49 +111,37 @@ class _TiledLoss(torch.autograd.Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
-        head: Head,
-        rows: TokenRows,
-        terms: tuple[Term, ...],
-        scorer: ScorerRows | None,
-        student_temperature: float,
-        chunk_tokens: int,
+        kind: type[TiledPass],
+        task: Task,
         values: list[TokenValues],
     ) -> Tensor:
-        V = head.vocab_size
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        weight = weight_VD.detach()[:V].to(hidden_TD.dtype)
-        frozen_head = Head(weight, V, None if bias_V is None else bias_V.detach(), head.scale, head.softcap)
-        wide = {"dtype": torch.promote_types(hidden_TD.dtype, torch.float32), "device": hidden_TD.device}
-        dhidden_TD = torch.zeros_like(hidden_TD) if needs_hidden else None
+        hidden_TD = hidden_TD.detach()
+        pass_ = kind(hidden_TD, task)
+        weight = pass_.head.weight_VD
+        V = len(weight)
+        wide = {"dtype": pass_.wide, "device": hidden_TD.device}
+        dhidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
         dweight_VD = torch.zeros(weight_VD.shape, **wide) if needs_weight else None
         dbias_V = torch.zeros(weight_VD.shape[0], **wide) if needs_bias else None
-        total = torch.zeros((), **wide)
-        pieces: list[TokenValues] = []
-        for start in range(0, hidden_TD.shape[0], chunk_tokens):
-            tile = slice(start, start + chunk_tokens)
-            hidden_CD = hidden_TD.detach()[tile]
-            logits_CV = head_logits(hidden_CD, frozen_head)
-            capped_CV = None if head.softcap is None else logits_CV / head.softcap
-            logp_CV = torch.log_softmax(logits_CV / student_temperature, dim=-1)
-            del logits_CV  # a tile is the largest thing alive (0.3 GB at C = 512, V = 152k): none is kept unread
-            piece_loss, dlogits_CV, piece = _tile(logp_CV, tile, rows, terms, scorer, student_temperature)
-            total += piece_loss
-            pieces.append(piece)
-            if capped_CV is not None:
-                dlogits_CV *= 1.0 - capped_CV.square()
-            if head.scale != 1.0:
-                dlogits_CV *= head.scale
-            dlogits_cast_CV = dlogits_CV.to(weight.dtype)
-            if dhidden_TD is not None:
-                dhidden_TD[tile] = dlogits_cast_CV @ weight
-            if dweight_VD is not None:
-                dweight_VD[:V] += dlogits_cast_CV.T @ hidden_CD
+        gradient = needs_hidden or needs_weight or needs_bias
+        for tile in pass_.tiles():
+            dlogits_CV = pass_.fields(tile, gradient=gradient)
+            if not gradient:
+                continue
             if dbias_V is not None:
                 dbias_V[:V] += dlogits_CV.sum(0)
-            del logp_CV, dlogits_CV, dlogits_cast_CV, capped_CV
+            dlogits_CV = dlogits_CV.to(weight.dtype)
+            if dhidden_TD is not None:
+                dhidden_TD[tile] = dlogits_CV @ weight
+            if dweight_VD is not None and weight.dtype == pass_.wide:
+                dweight_VD[:V].addmm_(dlogits_CV.T, hidden_TD[tile])
+            elif dweight_VD is not None:
+                dweight_VD[:V] += wide_product(dlogits_CV.T, hidden_TD[tile])
+            del dlogits_CV
         ctx.gradients = (dhidden_TD, dweight_VD, dbias_V)
-        values.append(_joined(pieces))
-        return total
+        values.append(pass_.values())
+        return pass_.loss
 
     @staticmethod
     def backward(ctx: Any, *outputs: Any) -> Any:
@@ -140,85 +149,159 @@ class _TiledLoss(torch.autograd.Function):
         assert ctx.gradients is not None, "these gradients are made once; a second backward needs a second forward"
         gradients = [None if g is None else g.mul_(scale) for g in ctx.gradients]  # ours alone: no second [V, D]
         ctx.gradients = None
-        return (*gradients, *[None] * 7)
+        return (*gradients, None, None, None)
 
 
-def _tile(
-    logp_CV: Tensor,
-    tile: slice,
-    rows: TokenRows,
-    terms: tuple[Term, ...],
-    scorer: ScorerRows | None,
-    student_temperature: float,
-) -> tuple[Tensor, Tensor, TokenValues]:
-    """Loss, gradient with respect to the logits (before scale and cap), and per-token facts of one tile."""
-    p_CV = logp_CV.exp()
-    token_C = rows.token_T[tile, None]
-    logp_C = logp_CV.gather(1, token_C)[:, 0]
-    logq_CV, logq_C = _scorer_tile(scorer, tile, token_C)
-    dlogits_CV = torch.zeros_like(logp_CV)
-    loss = logp_CV.new_zeros(())
-    if logq_CV is not None:
-        reverse_kl_C = REVERSE_KL.f_mass(logp_CV, logq_CV).sum(-1)
-    else:
-        reverse_kl_C = None if logq_C is None else logp_C - logq_C
-    term_values: dict[str, Tensor] = {}
+class TiledPass:
+    """One way over the tokens, tile by tile."""
+
+    def __init__(self, hidden_TD: Tensor, task: Task) -> None:
+        head, scorers = task.head, task.scorers
+        self.tokens, device = len(hidden_TD), hidden_TD.device
+        widths = {s.name: s.head.vocab_size for s in scorers if s.head is not None} | {STUDENT: head.vocab_size}
+        check_rows(self.tokens, task.rows, task.terms, scorers, widths=widths)
+        self.task = task
+        self.hidden_TD = hidden_TD
+        self.head = _prepared(head, hidden_TD.dtype)
+        self.heads = {
+            s.name: _prepared(s.head, s.hidden_TD.dtype) for s in scorers if s.hidden_TD is not None and s.head
+        }
+        self.buffers: dict[str, Tensor] = {}
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        self.columns = Columns(self.tokens, self.wide, device)
+        self.loss = torch.zeros((), dtype=self.wide, device=device)
+        self.mixes = _same_mixes(task.terms)
+        self.tile_tokens = tile_tokens(task.chunk_tokens, head.vocab_size)
+        self.block_tokens = block_tokens(self.tile_tokens, head.vocab_size, device)
+        self.part_tokens = part_tokens(self.tile_tokens, self.block_tokens, device)
+        edges = sorted({edge for tile in self.tiles() for edge in (*_starts(tile, self.block_tokens), tile.stop)})
+        self.edges = {s.name: _cuts(s.index_T, edges) for s in scorers}
+
+    def tiles(self) -> Iterator[slice]:
+        for start in range(0, self.tokens, self.tile_tokens):
+            yield slice(start, min(start + self.tile_tokens, self.tokens))
+
+    def values(self) -> TokenValues:
+        return self.columns.values([t.term.name for t in self.task.terms], [s.name for s in self.task.scorers])
+
+    def fields(self, tile: slice, *, gradient: bool) -> Tensor:
+        """[C, V]: the gradient with respect to the student's logits, columns as the head's rows. Notes loss and facts.
+
+        Without `gradient` what comes back has no meaning.
+        """
+        logits_CV = self._logits(STUDENT, self.hidden_TD[tile], self.head)
+        for part, scored, start, stop in self._blocks(tile):
+            logits_BV = logits_CV[start - tile.start : stop - tile.start]
+            readings = {s.name: self._reading(s, scored[s.name], part, start, stop) for s in self.task.scorers}
+            token_B = self.task.rows.token_T[start:stop]
+            student = Reading(Subset(stop - start), token_B, logits_RV=self._scaled(logits_BV))
+            block = Block(start, student, self.task.rows, readings, self.mixes)
+            into = BlockGradient(block.p_BV, block.token_B) if gradient else None
+            note_student(block, self.columns)
+            for term in self.task.terms:
+                self.loss += TermOnBlock(term, block, into, self.columns).run()
+            for name, reading in readings.items():
+                if len(reading.rows):
+                    note_scorer(name, reading, block, self.columns, everything=self.task.diagnostics)
+            if into is not None:
+                self._to_logits(into.total(), logits_BV)
+        return logits_CV
+
+    def _blocks(self, tile: slice) -> Iterator[tuple[slice, dict[str, Tensor | None], int, int]]:
+        """Where blocks start and stop, with the part of the tile that they lie in and the scorers' logits of it."""
+        for first in _starts(tile, self.part_tokens):
+            part = slice(first, min(first + self.part_tokens, tile.stop))
+            scored = {s.name: self._scores(s, part) for s in self.task.scorers}
+            for start in _starts(part, self.block_tokens):
+                yield part, scored, start, min(start + self.block_tokens, part.stop)
+
+    def _scores(self, scorer: ScorerRows, tile: slice) -> Tensor | None:
+        """A scorer's logits at its rows of a tile, divided by its temperature; None where it scores drawn tokens."""
+        if scorer.hidden_TD is None or scorer.name not in self.heads:
+            return None
+        at = self.edges[scorer.name]
+        hidden_RD = scorer.hidden_TD[at[tile.start] : at[tile.stop]]
+        logits_RV = self._logits(scorer.name, hidden_RD, self.heads[scorer.name])
+        return logits_RV if scorer.temperature == 1.0 else logits_RV.div_(scorer.temperature)
+
+    def _logits(self, name: str, hidden_RD: Tensor, head: Head) -> Tensor:
+        """[R, V] in this model's buffer, which the next tile overwrites."""
+        if len(self.buffers.get(name, ())) < len(hidden_RD):
+            wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+            self.buffers[name] = torch.empty(len(hidden_RD), head.vocab_size, dtype=wide, device=hidden_RD.device)
+        if len(hidden_RD) == 0:
+            return self.hidden_TD.new_empty(0, head.vocab_size)
+        return unordered_logits(hidden_RD, head, self.buffers[name][: len(hidden_RD)])
+
+    def _reading(self, scorer: ScorerRows, logits_RV: Tensor | None, tile: slice, start: int, stop: int) -> Reading:
+        rows, part = self._rows_of(scorer, start, stop)
+        token_R = rows.of(self.task.rows.token_T[start:stop])
+        if logits_RV is None:
+            assert scorer.logprobs_T is not None
+            return Reading(rows, token_R, drawn_R=scorer.logprobs_T[part].to(self.wide))
+        first = self.edges[scorer.name][tile.start]
+        logits_RV = logits_RV[part.start - first : part.stop - first].to(self.wide)
+        order_V = self.heads[scorer.name].order_V
+        return Reading(rows, token_R, logits_RV=logits_RV if order_V is None else logits_RV.index_select(1, order_V))
+
+    def _rows_of(self, scorer: ScorerRows, start: int, stop: int) -> tuple[Subset, slice]:
+        """The tokens from `start` to `stop` that a scorer has rows for, and where these rows are."""
+        part = slice(self.edges[scorer.name][start], self.edges[scorer.name][stop])
+        index_T = scorer.index_T
+        if index_T is None or part.stop - part.start == stop - start:
+            return Subset(stop - start), part
+        return Subset(stop - start, index_T[part] - start), part
+
+    def _scaled(self, logits_BV: Tensor) -> Tensor:
+        """The student's logits in the order of tokens, divided by its temperature."""
+        if self.head.order_V is not None:
+            logits_BV = logits_BV.index_select(1, self.head.order_V)
+        return logits_BV if self.task.temperature == 1.0 else logits_BV / self.task.temperature
+
+    def _to_logits(self, gradient_BV: Tensor, logits_BV: Tensor) -> None:
+        """Carries a gradient through temperature, order, softcap and scale, into the place of the logits."""
+        factor = self.head.scale / self.task.temperature
+        if factor != 1.0:
+            gradient_BV *= factor
+        if self.head.order_V is not None:
+            gradient_BV = torch.zeros_like(gradient_BV).index_add_(1, self.head.order_V, gradient_BV)
+        if self.head.softcap is not None:
+            slope_BV = logits_BV.div_(self.head.softcap).square_().neg_().add_(1.0)
+            gradient_BV *= slope_BV
+        logits_BV.copy_(gradient_BV)
+
+
+def _prepared(head: Head, dtype: torch.dtype) -> Head:
+    """The head without padding and gradient, its weight in the compute dtype."""
+    weight_VD = head.weight_VD.detach()[: head.vocab_size].to(dtype)
+    bias_V = None if head.bias_V is None else head.bias_V.detach()[: head.vocab_size]
+    return Head(weight_VD, head.vocab_size, bias_V, head.scale, head.softcap, head.order_V)
+
+
+def _starts(tile: slice, step: int) -> range:
+    return range(tile.start, tile.stop, step)
+
+
+def _cuts(index_T: Tensor | None, edges: list[int]) -> dict[int, int]:
+    """For every edge, counted in tokens: how many of a scorer's rows lie before it."""
+    if index_T is None:
+        return {edge: edge for edge in edges}
+    before = torch.searchsorted(index_T, torch.tensor(edges, device=index_T.device, dtype=index_T.dtype))
+    return dict(zip(edges, before.tolist(), strict=True))
+
+
+def _same_mixes(terms: Sequence[TermRows]) -> list[list[TermRows]]:
+    """Terms by target: those with equal coefficients share one log q~."""
+    groups: list[list[TermRows]] = []
     for term in terms:
-        weight_C = rows.weights[term.name][tile]
-        kept_C = weight_C != 0
-        if term.target == "teacher" and term.support == "full":
-            assert logq_CV is not None, "a full-support term needs the teacher's distribution"
-            shape = maths(term.shape)
-            value_C = reverse_kl_C if shape is REVERSE_KL else shape.f_mass(logp_CV, logq_CV).sum(-1)
-            assert value_C is not None
-            field_CV = shape.h_mass(logp_CV, logq_CV)
-            field_CV.addcmul_(p_CV, field_CV.sum(-1, keepdim=True), value=-1.0)
-            # A masked token may hold NaN: choose, never multiply by zero.
-            dlogits_CV -= field_CV.mul_(weight_C[:, None]).masked_fill_(~kept_C[:, None], 0.0)
-            del field_CV
-            loss = loss + torch.where(kept_C, weight_C * value_C, 0.0).sum()
+        for group in groups:
+            first = group[0]
+            same = first.unit == term.unit and first.mix.keys() == term.mix.keys()
+            if same and all(torch.equal(first.mix[name], c_T) for name, c_T in term.mix.items()):
+                group.append(term)
+                break
         else:
-            strength_C, value_C = _sampled(term, logp_C, logq_C, rows.behaviour_T[tile])
-            pull_C = torch.where(kept_C, weight_C * strength_C, 0.0).to(p_CV.dtype)
-            dlogits_CV.addcmul_(p_CV, pull_C[:, None])
-            dlogits_CV.scatter_add_(1, token_C, -pull_C[:, None])
-            loss = loss + torch.where(kept_C, weight_C * value_C, 0.0).sum()
-        term_values[term.name] = value_C
-    dlogits_CV /= student_temperature
-    return loss, dlogits_CV, TokenValues(term_values, logp_C, -(p_CV * logp_CV).sum(-1), reverse_kl_C, logq_C)
-
-
-def _scorer_tile(scorer: ScorerRows | None, tile: slice, token_C: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The scorer's log-probabilities of the tile: over the vocabulary where it can, and at the drawn tokens."""
-    if scorer is None:
-        return None, None
-    if scorer.hidden_TD is None or scorer.head is None:
-        assert scorer.logprobs_T is not None
-        return None, scorer.logprobs_T[tile]
-    with torch.no_grad():
-        logits_CV = head_logits(scorer.hidden_TD[tile], scorer.head).div_(scorer.temperature)
-        logq_CV = torch.log_softmax(logits_CV, dim=-1)
-    return logq_CV, logq_CV.gather(1, token_C)[:, 0]
-
-
-def _sampled(term: Term, logp_C: Tensor, logq_C: Tensor | None, behaviour_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Strength s of the pull towards the drawn token, and the value that is reported for the term."""
-    if term.target == "data":
-        return torch.ones_like(logp_C), -logp_C
-    assert logq_C is not None, "a teacher term needs the teacher's log-probabilities"
-    advantage_C = maths(term.shape).h(behaviour_C if term.advantage_under == "sampler" else logp_C, logq_C)
-    ratio_C = torch.exp(logp_C - behaviour_C) if term.importance == "ratio" else torch.ones_like(logp_C)
-    strength_C = advantage_C * ratio_C
-    return strength_C, -strength_C
-
-
-def _joined(pieces: list[TokenValues]) -> TokenValues:
-    reverse_kl = [p.reverse_kl_T for p in pieces if p.reverse_kl_T is not None]
-    teacher = [p.teacher_T for p in pieces if p.teacher_T is not None]
-    return TokenValues(
-        terms={name: torch.cat([p.terms[name] for p in pieces]) for name in pieces[0].terms},
-        logprob_T=torch.cat([p.logprob_T for p in pieces]),
-        entropy_T=torch.cat([p.entropy_T for p in pieces]),
-        reverse_kl_T=torch.cat(reverse_kl) if reverse_kl else None,
-        teacher_T=torch.cat(teacher) if teacher else None,
-    )
+            groups.append([term])
+    return groups
