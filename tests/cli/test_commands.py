@@ -51,7 +51,7 @@ def test_init_writes_a_recipe_that_is_read_and_keeps_what_is_there(tmp_path: Pat
     assert opd("config", "show", "recipe.yaml") == 0
 
 
-def test_config_show_schema_and_presets(tmp_path: Path, capsys) -> None:
+def test_config_show_and_schema(tmp_path: Path, capsys) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("student: {model: s}\nteacher: {model: t}\nprompts:\n  sources: [{kind: jsonl, path: p.jsonl}]\n")
     assert opd("config", "show", str(recipe), "--resolved", "optim.lr=2e-5") == 0
@@ -62,8 +62,6 @@ def test_config_show_schema_and_presets(tmp_path: Path, capsys) -> None:
     assert f"{recipe}:1" in printed and "optim.lr: command line" in printed
     assert opd("config", "schema") == 0
     assert json.loads(capsys.readouterr().out)["properties"].keys() >= {"student", "teacher", "objective"}
-    assert opd("config", "presets") == 0
-    assert all(name in capsys.readouterr().out for name in ("tml",))
 
 
 def test_eval_takes_a_file(model: str, problems: Path, capsys) -> None:

@@ -22,7 +22,6 @@ SIZE = ModelSize(
 )
 SETTINGS = {
     "student_dtype": "bfloat16",
-    "teacher_dtype": "bfloat16",
     "tokens_per_micro_batch": 128,
     "chunk_tokens": 32,
     "slots": 5,
@@ -32,7 +31,7 @@ SETTINGS = {
 
 
 def test_exact_parts():
-    parts = training_memory(SIZE, SIZE, **SETTINGS)
+    parts = training_memory(SIZE, {"teacher": (SIZE, "bfloat16")}, **SETTINGS)
     assert parts["student_master_weights"] == parts["student_gradients"] == 4000
     assert parts["adam_moments"] == 8000
     assert parts["student_compute_copy"] == 2000
@@ -43,30 +42,28 @@ def test_exact_parts():
 
 
 def test_float32_needs_no_second_copy_and_four_bits_half_a_byte():
-    parts = training_memory(SIZE, SIZE, **{**SETTINGS, "student_dtype": "float32", "teacher_dtype": "int4"})
+    parts = training_memory(SIZE, {"teacher": (SIZE, "int4")}, **{**SETTINGS, "student_dtype": "float32"})
     assert parts["student_compute_copy"] == 0 and parts["teacher_weights"] == 562  # half a byte, and scales
-    assert "teacher_weights" not in training_memory(SIZE, None, **SETTINGS)
+    assert "teacher_weights" not in training_memory(SIZE, {}, **SETTINGS)
 
 
 def test_of_a_student_with_an_adapter_only_the_adapter_is_paid_for_four_times():
-    parts = training_memory(SIZE, None, **SETTINGS, adapter=100)
+    parts = training_memory(SIZE, {}, **SETTINGS, adapter=100)
     assert parts["adapter_master_weights"] == parts["adapter_gradients"] == 400 and parts["adam_moments"] == 800
     assert parts["student_frozen_weights"] == 2000
     assert parts["student_compute_copy"] == 2 * 4 * 16 * (16 + 8 + 2 * 64)  # query, key, value; gate and up
     assert "teacher_weights" not in parts
-    whole = training_memory(SIZE, None, **SETTINGS)
+    whole = training_memory(SIZE, {}, **SETTINGS)
     assert all(parts[part] == whole[part] for part in ("kv_cache", "activations", "logits_chunk"))
 
 
 def test_tables_are_not_quantised():
     size = ModelSize(**{**vars(SIZE), "tables": 300})
     for adapter in (None, 10):
-        parts = training_memory(
-            size, size, **{**SETTINGS, "teacher_dtype": "int8"}, adapter=adapter, student_weights="int4"
-        )
+        parts = training_memory(size, {"teacher": (size, "int8")}, **SETTINGS, adapter=adapter, student_weights="int4")
         assert parts["teacher_weights"] == 700 + 2 * 300
     assert parts["student_frozen_weights"] == round(700 * 4.5 / 8 + 2 * 300) and parts["student_compute_copy"] == 0
-    assert training_memory(size, size, **SETTINGS)["teacher_weights"] == 2000
+    assert training_memory(size, {"teacher": (size, "bfloat16")}, **SETTINGS)["teacher_weights"] == 2000
 
 
 def test_bytes_of_quantised_weights_are_those_that_are_held(tmp_path: Path):
@@ -79,7 +76,7 @@ def test_bytes_of_quantised_weights_are_those_that_are_held(tmp_path: Path):
         student = load_student(spec, 300)
         size = model_size(student.module.config.to_dict(), student.parameter_count - student.trainable_count)
         settings = {**SETTINGS, "student_dtype": "float32", "student_weights": bits}
-        parts = training_memory(size, None, **settings, adapter=adapter_targets(spec).parameters(4))
+        parts = training_memory(size, {}, **settings, adapter=adapter_targets(spec).parameters(4))
         assert parts["adapter_master_weights"] == 4 * student.trainable_count
         state = {n: t for n, t in student.module.state_dict().items() if ".lora_" not in n}
         held = sum(t.nbytes for n, t in state.items() if "quant_" not in n)

@@ -27,6 +27,8 @@ config_app = App(
     name="config", help="Look at configs without running anything.", default_parameter=Parameter(negative=())
 )
 app.command(config_app)
+objectives_app = App(name="objectives", help="Look up the named objectives.", default_parameter=Parameter(negative=()))
+app.command(objectives_app)
 
 
 @app.command
@@ -216,6 +218,23 @@ def compare(*runs: Path, out: Path = Path("compare.html")) -> None:
 
 
 @app.command
+def audit(target: str, /, *, json: bool = False) -> None:
+    """Find out what a loss function trains: opd audit my_losses:reverse_kl
+
+    Parameters
+    ----------
+    target
+        MODULE:FUNCTION or FILE.py:FUNCTION, called as loss(student_logits, teacher_logits, tokens, mask,
+        behaviour_logprobs); see docs/audit.md.
+    json
+        Print everything that was found as JSON.
+    """
+    from opd.cli.audit import run
+
+    run(target, as_json=json)
+
+
+@app.command
 def demo(*, quick: bool = False, folder: Path = Path("runs/demo")) -> None:
     """Distil a small student from a small teacher on this machine, and show before / after / teacher.
 
@@ -229,6 +248,34 @@ def demo(*, quick: bool = False, folder: Path = Path("runs/demo")) -> None:
     from opd.lab.demo.run import run_demo
 
     run_demo(folder, quick=quick)
+
+
+@objectives_app.default
+def objectives(*, json: bool = False) -> None:
+    """List the named objectives: formula, source, status, what they need and cost.
+
+    Parameters
+    ----------
+    json
+        As JSON, with the terms of each.
+    """
+    from opd.cli.objectives import listing
+
+    listing(as_json=json)
+
+
+@objectives_app.command(name="show")
+def show_objective(name: str, /) -> None:
+    """Show one of them in full, with a config that runs it: opd objectives show tml
+
+    Parameters
+    ----------
+    name
+        A preset, as in the list.
+    """
+    from opd.cli.objectives import shown
+
+    shown(name)
 
 
 @config_app.command
@@ -265,18 +312,6 @@ def schema() -> None:
     from opd.config.loading import json_schema
 
     print(json.dumps(json_schema(), indent=2))
-
-
-@config_app.command
-def presets() -> None:
-    """List the named objectives with their terms."""
-    import inspect
-
-    from opd.config.presets import PRESETS
-
-    for name, make in PRESETS.items():
-        parameters = ", ".join(str(p) for p in inspect.signature(make).parameters.values())
-        print(f"{name}({parameters}): {inspect.getdoc(make)}")
 
 
 def split(items: tuple[str, ...]) -> tuple[list[str], list[str]]:

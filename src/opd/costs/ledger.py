@@ -13,7 +13,7 @@ counts as full attention, and the head as if it were applied to prompt tokens to
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +51,14 @@ def sampling_cost(rollouts_N: Sequence[Rollout], size: ModelSize) -> Cost:
     return sum((forward(size, len(r.response_ids), len(r.prompt.ids)) for r in rollouts_N), Cost(0.0, 0))
 
 
+def reading_cost(lengths: Iterable[int], size: ModelSize) -> Cost:
+    """Reading sequences of these lengths, each by itself."""
+    return sum((forward(size, length) for length in lengths), Cost(0.0, 0))
+
+
 def scoring_cost(rollouts_N: Sequence[Rollout], size: ModelSize) -> Cost:
-    """A teacher reading prompt and answer of every rollout once."""
-    return sum((forward(size, len(r.prompt.ids) + len(r.response_ids)) for r in rollouts_N), Cost(0.0, 0))
+    """Reading the student's prompt and the answer of every rollout once."""
+    return reading_cost((len(r.prompt.ids) + len(r.response_ids) for r in rollouts_N), size)
 
 
 def training_cost(rollouts_N: Sequence[Rollout], size: ModelSize, trainable: int | None = None) -> Cost:

@@ -8,6 +8,7 @@ and a CUDA context come on top: leave a tenth of the memory free.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from opd.costs.size import ModelSize
@@ -19,10 +20,10 @@ LOGITS_COPIES = 7  # float32 [C, V] alive at the peak of objectives/kernels/tile
 
 def training_memory(
     student: ModelSize,
-    teacher: ModelSize | None,
+    scorers: Mapping[str, tuple[ModelSize, str]],
     *,
     student_dtype: str,
-    teacher_dtype: str,
+    copies: Collection[str] = (),
     tokens_per_micro_batch: int,
     chunk_tokens: int,
     slots: int,
@@ -31,13 +32,16 @@ def training_memory(
     adapter: int | None = None,
     student_weights: str | None = None,
 ) -> dict[str, int]:
-    """Bytes by part when sampler, teacher and learner stand on one device; their sum is the need. Order is stable.
+    """Bytes by part when sampler, scorers and learner stand on one device; their sum is the need. Order is stable.
+
+    scorers         by name: size, and what the weights are stored in: float32, bfloat16, float16, or int8 and int4 for
+                    a quantised one.
 
     student_dtype   compute type; with float32 the master weights are the compute weights.
-    teacher_dtype   float32, bfloat16, float16, or int8 and int4 for a quantised teacher. Ignored without a teacher.
+    copies          scorers that are a float32 copy of what is trained.
     slots, max_len  answers written at the same time, and tokens of the longest prompt plus answer.
     adapter         parameters of a LoRA adapter; the student's own are then frozen. None: all are trained.
-    student_weights what frozen weights are stored in (as teacher_dtype); read only with an adapter.
+    student_weights what frozen weights are stored in (as a scorer's); read only with an adapter.
     """
     width = BYTES[student_dtype]
     who, trained = ("student", student.parameters) if adapter is None else ("adapter", adapter)
@@ -57,11 +61,14 @@ def training_memory(
         if stored not in ("int8", "int4"):  # the sampler fuses some projections, which copies them
             sides = student.attention_width + student.kv_width + 2 * student.mlp_width
             parts["student_compute_copy"] = width * student.layers * student.hidden * sides
-    if teacher is not None:
-        compute = max(BYTES[teacher_dtype], 2.0)  # quantised weights are multiplied in 16 bits
-        parts["teacher_weights"] = _stored(teacher, teacher_dtype, compute)
+    for name, (size, dtype) in scorers.items():
+        compute = max(BYTES[dtype], 2.0)  # quantised weights are multiplied in 16 bits
+        parts[f"{name}_weights"] = _stored(size, dtype, compute)
         # A forward pass without gradients holds one layer, and hands over its last hidden states.
-        parts["teacher_activations"] = tokens_per_micro_batch * (_layer(teacher, compute) + teacher.hidden * compute)
+        parts[f"{name}_activations"] = tokens_per_micro_batch * (_layer(size, compute) + size.hidden * compute)
+    for name in copies:
+        parts[f"{name}_weights"] = 4 * trained
+        parts[f"{name}_activations"] = tokens_per_micro_batch * (_layer(student, width) + student.hidden * width)
     return {part: round(size) for part, size in parts.items()}
 
 
