@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from opd.config.checks import check
+from opd.config.objective import Objective as ObjectiveSpec
 from opd.config.schema import Config
 from opd.learner.learner import LocalLearner
 from opd.models.causal import CausalLM
 from opd.objectives.objective import Objective
 from opd.rollouts.engine import EmbeddedEngine
 from opd.teachers.local import LocalTeacher
+from opd.teachers.panel import Panel
 from opd.text.agreement import compare
+from opd.text.contexts import PromptContext
 from opd.text.formats import Format, PromptFormat
 from opd.text.tokenizer import Tokenizer
 from opd.types import Prompt, Rollout, Row, SamplingParams
@@ -28,6 +32,12 @@ def prompt_format(*, chat: bool = False, **kwargs) -> PromptFormat:
     settings = {"kind": "auto", "plain_template": "{prompt}", "system_prompt": None}
     settings |= {"chat_template_kwargs": {}, "end_tokens": ()}
     return PromptFormat(Tokenizer(tiny.tokenizer(chat=chat)), Format(**{**settings, **kwargs}))
+
+
+def told_more(template: str = "Think twice. {prompt}") -> PromptFormat:
+    """The plain format of a scorer that reads another prompt."""
+    fmt = prompt_format()
+    return PromptFormat(fmt.tokenizer, fmt.format, context=PromptContext(template))
 
 
 def causal(kind: str = "qwen3", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> CausalLM:
@@ -66,27 +76,42 @@ def config(objective: dict | None = None, **sections) -> Config:
     return check(Config.model_validate({**base, **sections}))
 
 
+def objective(*terms: dict, **changes: Any) -> ObjectiveSpec:
+    """An objective of these terms as it is, past the checks of a whole config: for the parts that come after them."""
+    return ObjectiveSpec.model_validate({"behaviour": "student", "terms": terms, **changes})
+
+
 def teacher(
-    model: CausalLM, fmt: PromptFormat, student_fmt: PromptFormat | None = None, *, temperature: float = 1.0
+    model: CausalLM,
+    fmt: PromptFormat,
+    student_fmt: PromptFormat | None = None,
+    *,
+    temperature: float = 1.0,
+    name: str = "teacher",
 ) -> LocalTeacher:
-    return LocalTeacher(
-        model, fmt, compare(student_fmt or fmt, fmt), name="teacher", temperature=temperature, chunk_tokens=16
-    )
+    agreement = compare(student_fmt or fmt, fmt)
+    return LocalTeacher(model, fmt, agreement, name=name, temperature=temperature, chunk_tokens=16)
+
+
+def panel(*teachers: LocalTeacher) -> Panel:
+    return Panel(teachers)
 
 
 def learner(
     model: CausalLM,
-    objective: dict | None = None,
+    objective: dict | ObjectiveSpec | None = None,
     *,
+    special_ids: frozenset[int] = frozenset(),
     tokens_per_micro_batch: int = 10_000,
     padding_side: Literal["left", "right"] = "right",
     **sections,
 ) -> LocalLearner:
     spec = {"tokens_per_micro_batch": tokens_per_micro_batch, "chunk_tokens": 16, **sections.pop("learner", {})}
-    made = config(objective, learner=spec, **sections)
+    given = isinstance(objective, ObjectiveSpec)
+    made = config(None if given else objective, learner=spec, **sections)
     return LocalLearner(
         model,
-        Objective(made.objective),
+        Objective(objective if given else made.objective, special_ids=special_ids),
         optim=made.optim,
         spec=made.learner,
         total_steps=made.run.steps,
@@ -104,9 +129,9 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / max(a.norm(), b.norm()))
 
 
-def answer(prompt: Prompt, ids: Sequence[int], logprobs: Sequence[float], n: int = 0) -> Rollout:
-    """A rollout written by hand."""
-    return Rollout(
+def answer(prompt: Prompt, ids: Sequence[int], logprobs: Sequence[float], n: int = 0, **changes: Any) -> Rollout:
+    """A rollout written by hand; `changes` are its other fields."""
+    made = Rollout(
         id=f"hand/{prompt.id}/{n}",
         prompt=prompt,
         response_ids=np.array(ids, dtype=np.int64),
@@ -116,3 +141,4 @@ def answer(prompt: Prompt, ids: Sequence[int], logprobs: Sequence[float], n: int
         behaviour="student",
         finish_reason="stop",
     )
+    return dataclasses.replace(made, **changes)

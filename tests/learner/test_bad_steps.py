@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +65,24 @@ def test_O_20_a_step_without_a_single_token_to_train_is_an_error() -> None:
         rollout.mask[:] = False
     with pytest.raises(DataError, match="no token to train"):
         rooms.learner(student).update(made, teacher.evidence(made))
+
+
+def test_O_20_later_such_a_step_is_skipped_told_and_counted() -> None:
+    student, teacher, made = parts()
+    learner = rooms.learner(student, learner={"max_bad_steps": 2})
+    told = []
+    learner._on_bad_step = lambda step, facts: told.append((step, facts))
+    assert learner.update(made, teacher.evidence(made)).applied
+    before = parameters(student)
+    empty = [dataclasses.replace(r, mask=np.zeros_like(r.mask)) for r in made]
+    report = learner.update(empty, teacher.evidence(empty))
+    assert not report.applied and report.metrics["trained_tokens"] == 0 and learner.step == 2
+    assert torch.equal(before, parameters(student)) and learner.updates == 1
+    assert told[0][0] == 2 and "masked by environment" in told[0][1]["why"]
+    assert learner.update(made, teacher.evidence(made)).applied and learner.bad_in_a_row == 0
+    learner.update(empty, teacher.evidence(empty))
+    with pytest.raises(TrainingDiverged, match="nothing to train"):
+        learner.update(empty, teacher.evidence(empty))
 
 
 def test_several_updates_on_one_batch_move_further_and_measure_the_gap() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -9,12 +11,13 @@ from opd.errors import ModelError
 from opd.learner import learner as room
 from opd.models.causal import CausalLM
 from opd.models.packing import plan
+from opd.objectives.kernels.choice import TILED
 from tests import rooms
 
 
 def scarce(monkeypatch, *, tokens: int = 10**9, chunk: int = 10**9) -> list[int]:
     """A device on which a forward pass of more than `tokens` padded tokens, or a larger tile, does not fit."""
-    hidden, tiled = CausalLM.hidden, room.tiled_loss
+    hidden = CausalLM.hidden
     tried: list[int] = []
 
     def small(self, ids_NS, attention_NS, positions_NS):
@@ -29,10 +32,10 @@ def scarce(monkeypatch, *, tokens: int = 10**9, chunk: int = 10**9) -> list[int]
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes"
             )
-        return tiled(*args, chunk_tokens=chunk_tokens, **kwargs)
+        return TILED.loss(*args, chunk_tokens=chunk_tokens, **kwargs)
 
     monkeypatch.setattr(CausalLM, "hidden", small)
-    monkeypatch.setattr(room, "tiled_loss", short)
+    monkeypatch.setattr(room, "choose_kernel", lambda *_: dataclasses.replace(TILED, loss=short))
     return tried
 
 

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from opd.config.schema import Learner as LearnerSpec
 from opd.config.schema import Optim
-from opd.errors import ModelError, TrainingDiverged
+from opd.errors import ModelError, NothingToTrain, TrainingDiverged
+from opd.learner.diagnostics import Diagnostics
+from opd.learner.evidence import Invalid, merge, note_invalid
 from opd.learner.optim import learning_rate, make_optimizer
-from opd.learner.tally import Invalid, Tally
+from opd.learner.tally import Tally
 from opd.models.causal import CausalLM
 from opd.models.packing import pack, plan
 from opd.models.weights import ModuleWeights
-from opd.objectives.kernels.tiled import TokenRows, tiled_loss
-from opd.objectives.objective import Objective, TermWeights, batch_weights
+from opd.objectives.kernels.choice import choose_kernel
+from opd.objectives.kernels.rows import TermRows, TokenRows, TokenValues
+from opd.objectives.objective import Objective
+from opd.objectives.plan import StepPlan
+from opd.objectives.selection import TokenLook
 from opd.protocols import EvidenceHandle
-from opd.types import Batch, Rollout, ScorerRows, StepReport
+from opd.types import Batch, Rollout, ScorerRows, StepReport, Want
 
+Logprobs = Mapping[str, NDArray[np.floating]]  # rollout id to [T]
 SMALLEST_CHUNK = 16  # tokens in a tile, below which less memory is not worth the time
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over a step's answers, made of micro-batches.
+
+    wants      scorer to what is asked of it.
+    plan       what every term trains.
+    proximal   the student's log-probabilities at the first update on these answers; None: this is it.
+    found      filled with tokens that scorers said nothing usable about.
+    """
+
+    evidence: EvidenceHandle | None
+    wants: Mapping[str, Want]
+    plan: StepPlan
+    proximal: Logprobs | None
+    tally: Tally
+    found: Invalid
 
 
 class LocalLearner:
@@ -30,6 +57,7 @@ class LocalLearner:
     step                    passes of the loop so far.
     tokens_per_micro_batch  as configured, or less after the device ran out of memory; no result depends on it.
     chunk_tokens            likewise.
+    kernel                  what makes the pass over the vocabulary; no result depends on it beyond rounding.
 
     on_bad_step    called with (step, facts) before a step with a non-finite loss or gradient is skipped.
     before_change  called when the gradient of a batch is whole, before the first thing that belongs to the learner's
@@ -61,6 +89,7 @@ class LocalLearner:
         self.bad_in_all = 0
         self.tokens_per_micro_batch = spec.tokens_per_micro_batch
         self.chunk_tokens = spec.chunk_tokens
+        self.kernel = choose_kernel(spec.kernel, model.device)
         self._optim = optim
         self._spec = spec
         self._total_updates = total_steps * spec.updates_per_batch
@@ -81,16 +110,26 @@ class LocalLearner:
     def update(self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None) -> StepReport:
         """One pass of the loop: `updates_per_batch` optimiser steps on these rollouts.
 
-        A step whose loss or gradient is not finite changes nothing, is counted and reported; too many in a row raise
-        TrainingDiverged.
+        A step whose loss or gradient is not finite, or that has no token to train, changes nothing, is counted and
+        reported; too many in a row raise TrainingDiverged. NothingToTrain before the first update of a run: then it is
+        probably the config.
         """
         applied, metrics, tally = False, {}, Tally()
+        proximal: Logprobs | None = None
+        every, last = self._spec.diagnostics_every, self._spec.updates_per_batch - 1
         try:
             for n in range(self._spec.updates_per_batch):
-                metrics, tally = self._accumulate(rollouts_N, evidence)
+                closer = n == last and every > 0 and self.step % every == 0
+                metrics, tally = self._accumulate(rollouts_N, evidence, proximal, diagnostics=closer)
                 if n == 0 and self._before_change is not None:
                     self._before_change()
-                applied = self._apply(rollouts_N, metrics)
+                if n == 0 and self.objective.reads_proximal:
+                    proximal = tally.logprobs()
+                applied = self._apply(rollouts_N, metrics) or applied
+        except NothingToTrain as reason:
+            if self.updates == 0:
+                raise
+            metrics = self._nothing(rollouts_N, reason)
         finally:
             if evidence is not None:
                 evidence.release()
@@ -98,33 +137,47 @@ class LocalLearner:
         report = StepReport(step=self.step, applied=applied, metrics=metrics, scores=tally.scores())
         if self.bad_in_a_row >= self._spec.max_bad_steps:
             raise TrainingDiverged(
-                f"{self.bad_in_a_row} updates in a row had a non-finite loss or gradient (learner.max_bad_steps = "
-                f"{self._spec.max_bad_steps}). The weights are those of the last good one. Lower optim.lr "
-                f"(now {metrics['lr']:g}), or look at the dumped steps in the run folder.",
+                f"{self.bad_in_a_row} updates in a row had a non-finite loss or gradient, or nothing to train "
+                f"(learner.max_bad_steps = {self._spec.max_bad_steps}). The weights are those of the last good one. "
+                f"Lower optim.lr (now {metrics['lr']:g}), or look at the dumped steps in the run folder.",
                 report,
             )
         return report
 
-    def gradients(self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None) -> dict[str, float]:
+    def gradients(
+        self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None, *, diagnostics: bool = False
+    ) -> dict[str, float]:
         """Leaves the step's gradient in the parameters' `.grad`, unclipped, and returns the metrics."""
-        return self._accumulate(rollouts_N, evidence)[0]
+        return self._accumulate(rollouts_N, evidence, None, diagnostics=diagnostics)[0]
 
     def _accumulate(
-        self, rollouts_N: Sequence[Rollout], evidence: EvidenceHandle | None
+        self,
+        rollouts_N: Sequence[Rollout],
+        evidence: EvidenceHandle | None,
+        proximal: Logprobs | None,
+        *,
+        diagnostics: bool,
     ) -> tuple[dict[str, float], Tally]:
         """Gradient of the whole step. Evidence turns out invalid only when it is pulled; then denominators were wrong,
         and the pass is made again with these tokens masked from the start. Out of memory, it is made again with
         smaller micro-batches: the same gradient."""
+        wants = self.objective.wants(rollouts_N)
         invalid: Invalid = {}
         while True:
             self.optimizer.zero_grad(set_to_none=True)
-            weights = self.objective.weights(rollouts_N, invalid)
-            tally = Tally()
+            tally = Tally(Diagnostics() if diagnostics else None)
             found: Invalid = {}
             full: str | None = None
+            whole = self.objective.plan(self.step, rollouts_N, invalid)
             try:
+                if self.objective.looks == "step":
+                    look = _Pass(evidence, wants, whole, proximal, tally, found)
+                    looks = self._look_at_step(rollouts_N, look)
+                    merge(found, invalid)
+                    whole = self.objective.plan(self.step, rollouts_N, invalid, looks)
+                made = _Pass(evidence, wants, whole, proximal, tally, found)
                 for group in plan(rollouts_N, self.tokens_per_micro_batch):
-                    self._micro_batch(group, evidence, weights, tally, found)
+                    self._micro_batch(group, made)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -132,10 +185,10 @@ class LocalLearner:
             if full is not None:  # outside the except block: the error holds the tensors of the frames it came from
                 self._take_less(rollouts_N, full)
                 continue
-            if not _adds(found, invalid):
-                return tally.metrics(rollouts_N, invalid), tally
-            for key, mask_T in found.items():
-                invalid[key] = invalid.get(key, np.zeros_like(mask_T)) | mask_T
+            if not merge(found, invalid):
+                if tally.diagnostics is not None:
+                    tally.diagnostics.noise.end(self._trained())
+                return tally.metrics(rollouts_N, whole, invalid), tally
 
     def _take_less(self, rollouts_N: Sequence[Rollout], said: str) -> None:
         """Halves micro-batches, and then tiles, until a single short tile of the longest answer does not fit."""
@@ -158,38 +211,107 @@ class LocalLearner:
         if self._on_less is not None:
             self._on_less(f"out of memory: {what}; the gradient stays the same")
 
-    def _micro_batch(
-        self,
-        group: list[Rollout],
-        evidence: EvidenceHandle | None,
-        weights: TermWeights,
-        tally: Tally,
-        found: Invalid,
-    ) -> None:
+    def _micro_batch(self, group: list[Rollout], made: _Pass) -> None:
         batch = pack(group, device=self.model.device, side=self._padding_side)
-        scorer = self._pull(batch, evidence)
-        if scorer is not None:
-            _note_invalid(batch, scorer, found)
-        hidden_NSD = self.model.hidden(batch.ids_NS, batch.attention_NS, batch.positions_NS)
-        loss, values = tiled_loss(
-            hidden_NSD[batch.row_T, batch.column_T],
+        planned = made.plan.here(batch)
+        if not planned and not self.objective.reads_proximal:
+            return
+        scorers = self._pull(batch, made) if planned else []
+        proximal_T = None if made.proximal is None else _flat(batch, made.proximal)
+        with torch.set_grad_enabled(bool(planned)):
+            hidden_TD = self._hidden(batch)
+        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        rows = made.plan.rows(batch, dtype=dtype)
+        look: TokenValues | None = None
+        if not planned or self.objective.looks_at_batches:
+            look = self._look(batch, hidden_TD, rows, scorers, proximal_T)
+            if not planned:
+                made.tally.add_look(look, batch)
+                return
+            rows = made.plan.rows(batch, look, proximal_T=proximal_T, dtype=dtype)
+        loss, values = self.kernel.loss(
+            hidden_TD,
             self.model.head,
-            TokenRows(batch.token_T, batch.behaviour_T, batch_weights(weights, batch)),
-            self.objective.terms,
-            scorer=scorer,
+            TokenRows(batch.token_T, batch.behaviour_T, proximal_T),
+            rows,
+            scorers,
+            student_temperature=self.objective.spec.student_temperature,
+            chunk_tokens=self.chunk_tokens,
+            diagnostics=made.tally.diagnostics is not None,
+        )
+        if made.tally.diagnostics is None:
+            loss.backward()
+        else:
+            with made.tally.diagnostics.noise.watch(self._trained()):
+                loss.backward()
+        ratios = made.plan.ratios(batch, look, proximal_T)
+        made.tally.add(loss.detach(), values, batch, planned, rows, ratios, scorers)
+
+    def _look_at_step(self, rollouts_N: Sequence[Rollout], made: _Pass) -> dict[str, TokenLook]:
+        """What the student thinks of every token of the step, and how far it is from the targets, without gradients."""
+        looks: dict[str, TokenLook] = {}
+        for group in plan(rollouts_N, self.tokens_per_micro_batch):
+            batch = pack(group, device=self.model.device, side=self._padding_side)
+            rows = made.plan.looks(batch, torch.promote_types(self.model.compute_dtype, torch.float32))
+            scorers = self._pull(batch, made) if rows else []
+            with torch.no_grad():
+                values = self._look(batch, self._hidden(batch), rows, scorers, None)
+            ends = np.cumsum([len(r.response_ids) for r in batch.rollouts])[:-1]
+            entropy = np.split(values.entropy_T.cpu().numpy(), ends)
+            far = {name: np.split(seen.value_T.cpu().numpy(), ends) for name, seen in values.terms.items()}
+            for n, rollout in enumerate(batch.rollouts):
+                looks[rollout.id] = TokenLook(entropy[n], {name: parts[n] for name, parts in far.items()})
+        return looks
+
+    def _look(
+        self,
+        batch: Batch,
+        hidden_TD: Tensor,
+        rows: Sequence[TermRows],
+        scorers: Sequence[ScorerRows],
+        proximal_T: Tensor | None,
+    ) -> TokenValues:
+        return self.kernel.look(
+            hidden_TD.detach(),
+            self.model.head,
+            TokenRows(batch.token_T, batch.behaviour_T, proximal_T),
+            rows,
+            scorers,
             student_temperature=self.objective.spec.student_temperature,
             chunk_tokens=self.chunk_tokens,
         )
-        loss.backward()
-        tally.add(loss.detach(), values, batch, scorer)
 
-    def _pull(self, batch: Batch, evidence: EvidenceHandle | None) -> ScorerRows | None:
-        resolution = self.objective.resolution
-        if resolution is None:
-            return None
-        assert evidence is not None, "the objective reads a teacher, but the loop gave no evidence"
-        (rows,) = evidence.pull(batch, resolution).values()
-        return rows
+    def _hidden(self, batch: Batch) -> Tensor:
+        hidden_NSD = self.model.hidden(batch.ids_NS, batch.attention_NS, batch.positions_NS)
+        return hidden_NSD[batch.row_T, batch.column_T]
+
+    def _pull(self, batch: Batch, made: _Pass) -> list[ScorerRows]:
+        ids = {r.id for r in batch.rollouts}
+        wants = {name: want for name, want in made.wants.items() if ids & want.rollouts}
+        if not wants:
+            return []
+        assert made.evidence is not None, f"the objective reads {', '.join(wants)}, but the loop gave no evidence"
+        scorers = made.evidence.pull(batch, wants)
+        note_invalid(batch, scorers, made.found)
+        return scorers
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.module.parameters() if p.requires_grad]
+
+    def _nothing(self, rollouts_N: Sequence[Rollout], reason: NothingToTrain) -> dict[str, float]:
+        """Counts a step that trains nothing; its metrics."""
+        if self._before_change is not None:
+            self._before_change()
+        self.bad_in_a_row += 1
+        self.bad_in_all += 1
+        if self._on_bad_step is not None:
+            self._on_bad_step(self.step + 1, {"why": str(reason), "rollouts": [r.id for r in rollouts_N]})
+        return {
+            "lr": learning_rate(self._optim, self.updates, self._total_updates),
+            "trained_tokens": 0.0,
+            "masked_tokens": float(sum(len(r.mask) for r in rollouts_N)),
+            "bad_steps": float(self.bad_in_all),
+        }
 
     def _apply(self, rollouts_N: Sequence[Rollout], metrics: dict[str, float]) -> bool:
         """Clips and steps, or skips when anything is not finite. Adds to `metrics`."""
@@ -215,21 +337,9 @@ class LocalLearner:
         return applied
 
 
-def _note_invalid(batch: Batch, scorer: ScorerRows, found: Invalid) -> None:
-    """Remembers, by rollout, which trained tokens came back without a usable score."""
-    bad_T = (batch.mask_T & ~scorer.valid_T).cpu().numpy()
-    if not bad_T.any():
-        return
-    start = 0
-    for rollout in batch.rollouts:
-        end = start + len(rollout.response_ids)
-        if bad_T[start:end].any():
-            found[rollout.id] = bad_T[start:end].copy()
-        start = end
-
-
-def _adds(found: Invalid, known: Invalid) -> bool:
-    return any(key not in known or (mask_T & ~known[key]).any() for key, mask_T in found.items())
+def _flat(batch: Batch, by_id: Logprobs) -> Tensor:
+    """[T]: numbers of every rollout, in the order of a micro-batch's tokens."""
+    return torch.from_numpy(np.concatenate([by_id[r.id] for r in batch.rollouts])).to(batch.token_T.device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,24 +7,28 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from opd.config.objective import Term
-
-FloatArray = NDArray[np.float32]
+from opd.config.objective import Reduction
 
 
-def token_weights(term: Term, masks: Mapping[str, NDArray[np.bool_]]) -> dict[str, FloatArray]:
-    """Rollout id to float32 [T]: coefficient x share of the token in the term's mean, 0 where it is masked.
+def token_shares(
+    reduction: Reduction, masks: Mapping[str, NDArray[np.bool_]], max_tokens: int | None
+) -> dict[str, float]:
+    """Rollout id to the share of each of its trained tokens in the term's mean; 0 for an answer without any.
 
-    masks   rollout id to bool [T], the tokens this term trains. All rollouts of the step must be present: the
-            denominators are counted over them. A rollout without a single trained token weighs nothing, and is not
-            counted as a sequence either.
+        token_mean     1 / trained tokens
+        sequence_mean  1 / (answers x trained tokens of the answer)
+        constant       1 / (answers x max_tokens)
+
+    masks   rollout id to bool [T], the tokens this term trains. All answers of the step must be present: the
+            denominators are counted over them. An answer without a trained token is not counted as an answer.
     """
     counts = {key: int(mask.sum()) for key, mask in masks.items()}
     tokens = sum(counts.values())
-    sequences = sum(1 for n in counts.values() if n)
-    weights: dict[str, FloatArray] = {}
-    for key, mask in masks.items():
-        denominator = tokens if term.reduction == "token_mean" else sequences * counts[key]
-        share = term.coefficient / denominator if counts[key] else 0.0
-        weights[key] = np.where(mask, share, 0.0).astype(np.float32)
-    return weights
+    answers = sum(1 for n in counts.values() if n)
+    if reduction == "constant":
+        assert max_tokens is not None, "the reduction constant divides by the most tokens that an answer may have"
+        return {key: 1.0 / (answers * max_tokens) if n else 0.0 for key, n in counts.items()}
+    if reduction == "sequence_mean":
+        return {key: 1.0 / (answers * n) if n else 0.0 for key, n in counts.items()}
+    assert reduction == "token_mean", f"no such reduction: {reduction}"
+    return {key: 1.0 / tokens if n else 0.0 for key, n in counts.items()}

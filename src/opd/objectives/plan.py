@@ -1,0 +1,197 @@
+"""One step of the objective, from all of its answers; and its rows for one micro-batch, as the kernel reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opd.config.objective import DivergenceTerm, OutcomeTerm, Term
+from opd.config.slots import Credit, Full, NoImportance, PPOClip, Tokens
+from opd.objectives.credit import future_credit
+from opd.objectives.importance import known_ratio, prefix_weight, weighting
+from opd.objectives.kernels.rows import TermRows, TokenValues
+from opd.types import Batch
+
+
+@dataclass(frozen=True)
+class PlannedTerm:
+    """One term in one step, by rollout id; only answers that the term reads are there.
+
+    kept        bool [T]: the tokens it trains.
+    weight      of each kept token: coefficient x share in the term's mean.
+    mix         scorer to c_k.
+    advantage   of graded answers, for outcome terms.
+    right       verdicts, for verifier-gated shapes; None for others.
+    lost        rule to the number of tokens that it took away.
+    read        tokens of all answers that the term reads.
+    """
+
+    term: Term
+    kept: Mapping[str, NDArray[np.bool_]]
+    weight: Mapping[str, float]
+    mix: Mapping[str, Mapping[str, float]]
+    advantage: Mapping[str, float]
+    right: Mapping[str, bool] | None
+    lost: Mapping[str, int]
+    read: int
+
+    def trained(self, batch: Batch) -> Tensor:
+        """bool [T]: the tokens of a micro-batch that the term trains."""
+        parts = [self.kept.get(r.id, np.zeros(len(r.mask), np.bool_)) for r in batch.rollouts]
+        return torch.from_numpy(np.concatenate(parts)).to(batch.token_T.device)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What all terms train in a step; the same for every cut into micro-batches."""
+
+    step: int
+    terms: tuple[PlannedTerm, ...]
+
+    def here(self, batch: Batch) -> list[PlannedTerm]:
+        """The terms that train a token of this micro-batch."""
+        ids = [r.id for r in batch.rollouts]
+        return [p for p in self.terms if any(p.kept[key].any() for key in ids if key in p.kept)]
+
+    def rows(
+        self,
+        batch: Batch,
+        look: TokenValues | None = None,
+        *,
+        proximal_T: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[TermRows]:
+        """The rows of the terms that train a token of this micro-batch.
+
+        look        what `tiled_look` gave for `rows(batch)` on the same hidden states, for objectives that look;
+                    without it, the rows to look with.
+        proximal_T  the student's log-probabilities at the first update on these answers; None: this is it.
+        dtype       of the weights: float64 for float64 models.
+        """
+        return [self._rows(p, batch, look, proximal_T, dtype) for p in self.here(batch)]
+
+    def looks(self, batch: Batch, dtype: torch.dtype = torch.float32) -> list[TermRows]:
+        """The rows of a look at the whole step: for every term that selects tokens by divergence, its divergence over
+        the whole vocabulary, whatever its own support is."""
+        rows = []
+        for p in self.here(batch):
+            if p.term.tokens.select is not None and p.term.tokens.select.by != "entropy":
+                made = self._rows(p, batch, None, None, dtype)
+                whole = {"support": Full(), "credit": Credit(), "importance": NoImportance(), "tokens": Tokens()}
+                term = p.term.model_copy(update={**whole, "advantage_under": "student"})
+                weight_T = p.trained(batch).to(dtype)  # the coefficient may be 0 in this step
+                rows.append(replace(made, term=term, weight_T=weight_T, extra_T=None))
+        return rows
+
+    def ratios(self, batch: Batch, look: TokenValues | None, proximal_T: Tensor | None = None) -> dict[str, Tensor]:
+        """Term name to [T], the importance weight that is part of `weight_T` already: of whole answers, or frozen."""
+        found: dict[str, Tensor] = {}
+        for p in self.here(batch):
+            if look is not None and (ratio_T := _ratio(p, batch, look, proximal_T)) is not None:
+                found[p.term.name] = ratio_T
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """`term/NAME/tokens`, and `term/NAME/masked/RULE` as shares of all tokens of the answers it reads."""
+        numbers: dict[str, float] = {}
+        for p in self.terms:
+            numbers[f"term/{p.term.name}/tokens"] = float(sum(mask.sum() for mask in p.kept.values()))
+            for rule, count in p.lost.items():
+                numbers[f"term/{p.term.name}/masked/{rule}"] = count / max(p.read, 1)
+        return numbers
+
+    def _rows(
+        self,
+        p: PlannedTerm,
+        batch: Batch,
+        look: TokenValues | None,
+        proximal_T: Tensor | None,
+        dtype: torch.dtype,
+    ) -> TermRows:
+        term, trained_T, right = p.term, p.trained(batch), p.right
+        whole_T = torch.where(trained_T, _spread(batch, lambda key: p.weight.get(key, 0.0), torch.float64), 0.0)
+        weight_T, extra_T = whole_T, None
+        if isinstance(term, OutcomeTerm):
+            extra_T = _spread(batch, lambda key: p.advantage.get(key, 0.0), dtype)
+        if look is not None:
+            if isinstance(term, DivergenceTerm) and has_credit(term):
+                extra_T = _future(term, batch, look, trained_T)
+            if (ratio_T := _ratio(p, batch, look, proximal_T)) is not None:
+                weight_T = weight_T * ratio_T
+            if isinstance(term, DivergenceTerm) and (gamma := term.tokens.importance_of_prefix) > 0:
+                target_T = _looked(look.terms[term.name].target_T, look)
+                seen_T = trained_T & ~target_T.isnan()  # a gate has shut the others
+                weight_T = weight_T * prefix_weight(target_T - look.logprob_T, seen_T, _lengths(batch), gamma)
+        names = sorted({name for r in batch.rollouts for name in p.mix.get(r.id, ())})
+        return TermRows(
+            term=term if look is None else _for_kernel(term),
+            weight_T=torch.where(whole_T == 0, 0.0, weight_T).to(dtype),
+            mix={n: _spread(batch, lambda key, n=n: p.mix.get(key, {}).get(n, 0.0), dtype) for n in names},
+            unit=bool(names) and all(list(p.mix[r.id].values()) == [1.0] for r in batch.rollouts if r.id in p.mix),
+            extra_T=extra_T,
+            right_T=None if right is None else _spread(batch, lambda key: float(right.get(key, False)), dtype) > 0,
+        )
+
+
+def _for_kernel(term: Term) -> Term:
+    """The term without what the weights of its rows hold already: the ratio of whole answers."""
+    rule = weighting(term)
+    if isinstance(rule, NoImportance) or rule.level == "token":
+        return term
+    return term.model_copy(update={"importance": NoImportance()})
+
+
+def has_credit(term: Term) -> bool:
+    """Whether drawn tokens answer for what comes after them."""
+    return isinstance(term, DivergenceTerm) and (term.credit.discount > 0 or not term.credit.now)
+
+
+def _future(term: DivergenceTerm, batch: Batch, look: TokenValues, trained_T: Tensor) -> Tensor:
+    f_T, credit = _looked(look.terms[term.name].f_T, look), term.credit
+    seen_T = trained_T & ~f_T.isnan()  # a gate has shut the others: not trained, they give no credit
+    return future_credit(f_T, seen_T, _lengths(batch), discount=credit.discount, length_norm=credit.length_norm)
+
+
+def _looked(values_T: Tensor | None, look: TokenValues) -> Tensor:
+    """[T]: what a look saw of a term; NaN at every token where the term had no weight at any of them."""
+    return torch.full_like(look.logprob_T, torch.nan) if values_T is None else values_T
+
+
+def _ratio(p: PlannedTerm, batch: Batch, look: TokenValues, proximal_T: Tensor | None) -> Tensor | None:
+    term, rule, trained_T = p.term, weighting(p.term), p.trained(batch)
+    strength_T = None
+    if isinstance(rule, PPOClip) and rule.level == "sequence":
+        if isinstance(term, OutcomeTerm):
+            strength_T = _spread(batch, lambda key: p.advantage.get(key, 0.0), look.logprob_T.dtype)
+        else:
+            assert isinstance(term, DivergenceTerm)
+            strength_T = torch.zeros_like(look.logprob_T)
+            if has_credit(term):
+                strength_T = _future(term, batch, look, trained_T)
+            if term.credit.now:
+                strength_T = strength_T + _looked(look.terms[term.name].h_T, look)
+    return known_ratio(
+        rule,
+        logprob_T=look.logprob_T,
+        behaviour_T=batch.behaviour_T,
+        proximal_T=proximal_T,
+        strength_T=strength_T,
+        trained_T=trained_T,
+        row_T=batch.row_T,
+    )
+
+
+def _lengths(batch: Batch) -> list[int]:
+    return [len(r.response_ids) for r in batch.rollouts]
+
+
+def _spread(batch: Batch, value: Callable[[str], float], dtype: torch.dtype) -> Tensor:
+    """[T]: a number of every rollout of the micro-batch at each of its tokens."""
+    device = batch.token_T.device
+    value_N = torch.tensor([value(r.id) for r in batch.rollouts], dtype=torch.float64, device=device)
+    return value_N[batch.row_T].to(dtype)
