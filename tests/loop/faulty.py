@@ -67,7 +67,7 @@ class Run:
         def on_step(report: Any, rollouts_N: Sequence[Rollout], numbers: dict[str, float]) -> None:
             if report.step % QUICK.changed_teacher.every == 0:
                 changed = self.teacher.model.fingerprint() != first
-                numbers = {**numbers, "teacher_fingerprint_changed": float(changed)}
+                numbers = {**numbers, "scorer/teacher/fingerprint_changed": float(changed)}
             self.history.append({"step": report.step, **numbers})
             self.alarms += [(report.step, alarm) for alarm in guards.look(self.history)]
             if report.step == break_at:
@@ -101,6 +101,6 @@ def ready(
     size = model_size(student.module.config.to_dict())
     parts = Rooms(
         prompts=SameQuestions(rooms.prompts(fmt)), sampler=sampler, teacher=teacher, learner=learner,
-        params=params, student_size=size, teacher_size=size,
+        params=params, student_size=size, scorer_sizes={"teacher": size},
     )  # fmt: skip
     return Run(student, writer, teacher, learner, sampler, parts)

@@ -22,8 +22,8 @@ from tests import rooms
 WINDOW, VOCABULARY, LIMIT = 20, 1000, 512
 QUIET = {
     "response_length": 100.0, "truncated": 0.05, "ended": 0.95, "end_probability": 0.9, "repetition": 0.02,
-    "entropy": 0.3, "reverse_kl": 0.2, "loss": 0.2, "teacher_logprob": -0.8, "teacher_spread": 1.5,
-    "policy_gap": 0.001, "policy_gap_max": 0.3, "teacher_fingerprint_changed": 0.0,
+    "entropy": 0.3, "reverse_kl": 0.2, "loss": 0.2, "scorer/teacher/logprob": -0.8, "scorer/teacher/spread": 1.5,
+    "policy_gap": 0.001, "policy_gap_max": 0.3, "scorer/teacher/fingerprint_changed": 0.0,
 }  # fmt: skip
 # What a run looks like where a guard should speak, and nobody else needs to.
 FAULTS: dict[str, dict[str, float]] = {
@@ -33,8 +33,8 @@ FAULTS: dict[str, dict[str, float]] = {
     "repetition": {"repetition": 0.6},
     "entropy_collapse": {"entropy": 0.01},
     "kl_rising": {"reverse_kl": 0.6, "loss": 0.6},
-    "uniform_teacher": {"teacher_logprob": -math.log(VOCABULARY), "teacher_spread": 0.0},
-    "changed_teacher": {"teacher_fingerprint_changed": 1.0},
+    "uniform_teacher": {"scorer/teacher/logprob": -math.log(VOCABULARY), "scorer/teacher/spread": 0.0},
+    "changed_teacher": {"scorer/teacher/fingerprint_changed": 1.0},
     "policy_gap": {"policy_gap": 0.3},
 }
 
@@ -51,7 +51,7 @@ def runs(*stretches: tuple[int, dict[str, float]], noise: float = 0.05, seed: in
     for steps, other in stretches:
         for _ in range(steps):
             numbers = {key: value * float(rng.lognormal(0, noise)) for key, value in (QUIET | other).items()}
-            exact = ("teacher_logprob", "teacher_spread", "teacher_fingerprint_changed")
+            exact = ("scorer/teacher/logprob", "scorer/teacher/spread", "scorer/teacher/fingerprint_changed")
             numbers |= {key: (QUIET | other)[key] for key in exact}
             lines.append({"step": len(lines) + 1, **numbers})
     return lines
@@ -97,8 +97,8 @@ def test_end_tokens_that_get_unlikely_are_a_slide_before_fewer_answers_end():
         {"entropy": 0.01, "reverse_kl": 0.02, "loss": 0.02},  # as sure as its teacher: the goal
         {"reverse_kl": 0.6, "loss": 0.1},  # another divergence is minimised
         {"ended": 0.7},  # fewer end, though not because they grow
-        {"teacher_logprob": -0.01, "teacher_spread": 0.001},  # a batch the teacher is sure of
-        {"teacher_logprob": -math.log(VOCABULARY)},  # tokens the teacher hates, each in its own way
+        {"scorer/teacher/logprob": -0.01, "scorer/teacher/spread": 0.001},  # a batch the teacher is sure of
+        {"scorer/teacher/logprob": -math.log(VOCABULARY)},  # tokens the teacher hates, each in its own way
         {key: value * 0.3 for key, value in QUIET.items() if key not in ("entropy", "ended", "end_probability")},
     ],
 )
@@ -123,6 +123,41 @@ def test_a_high_number_is_no_change(before, after):
 def test_one_wild_step_is_no_trend():
     history = runs((100, {}), (1, {"reverse_kl": 20.0, "loss": 20.0}), (100, {}))
     assert alarms(guards(), history) == []
+
+
+def scored(name: str, logprob: float, spread: float) -> dict[str, float]:
+    return {f"scorer/{name}/logprob": logprob, f"scorer/{name}/spread": spread}
+
+
+NOTHING = (-math.log(VOCABULARY), 0.0)
+
+
+def test_every_scorer_is_looked_at_for_itself():
+    """Two teachers that take turns: the one that knows nothing is named, though every step has a good one, too."""
+    quiet = scored("teacher", -0.8, 1.5)
+    history = [{"step": i + 1, **quiet, **scored("weak", *NOTHING)} for i in range(5)]
+    (alarm,) = [alarm for end in range(1, 6) for alarm in guards().look(history[:end])]
+    assert alarm.guard == "uniform_teacher" and "weak -6.91 +- 0.00" in alarm.message
+    assert "teacher -0.80" not in alarm.message and set(alarm.facts) == {"weak_logprob", "weak_spread", "uniform"}
+
+
+def test_a_scorer_that_is_asked_now_and_then_is_looked_at_when_it_was():
+    """Three times in 19 steps, and nothing in between."""
+    history = [{"step": i + 1, **(scored("code", *NOTHING) if i % 9 == 0 else {})} for i in range(30)]
+    assert [step for step, _ in alarms(guards(), history)] == [19]
+    mixed = [{"step": i + 1, **scored("code", *((-1.0, 1.0) if i % 9 == 0 else NOTHING))} for i in range(3)]
+    assert alarms(guards(), mixed) == []
+
+
+def test_every_scorer_that_changed_is_named():
+    def marks(one: float, two: float) -> dict[str, float]:
+        return {"scorer/math/fingerprint_changed": one, "scorer/code/fingerprint_changed": two}
+
+    history = [{"step": i + 1, **(marks(0, i // 50) if i % 50 == 49 else {})} for i in range(160)]
+    told = [alarm for end in range(1, 161) for alarm in guards().look(history[:end])]
+    assert [alarm.guard for alarm in told] == ["changed_teacher"] and told[0].message.startswith(
+        "changed_teacher: code: not the scorer that the run began with"
+    )
 
 
 def test_messages_name_numbers_and_options_that_exist():
@@ -203,9 +238,9 @@ def test_what_lies_between_the_first_and_the_last_steps_is_not_read():
 def test_a_fingerprint_that_is_taken_now_and_then():
     history = runs((120, {}))
     for entry in history:
-        del entry["teacher_fingerprint_changed"]
+        del entry["scorer/teacher/fingerprint_changed"]
     for step in (30, 60, 90, 120):
-        history[step - 1]["teacher_fingerprint_changed"] = float(step >= 60)
+        history[step - 1]["scorer/teacher/fingerprint_changed"] = float(step >= 60)
     spec = {"changed_teacher": {"every": 30, "action": "stop"}}
     assert alarms(guards(spec), history) == [(60, "changed_teacher")]
     assert guards(spec).look(history[:60])[0].action == "stop"

@@ -27,7 +27,8 @@ WINDOW, LIMIT = 20, 512
 HEALTHY = {
     "rollouts": 256.0, "response_tokens": 25600.0, "response_length_max": 400.0, "response_length": 100.0,
     "truncated": 0.05, "ended": 0.95, "end_probability": 0.9, "repetition": 0.02, "entropy": 0.3, "reverse_kl": 0.2,
-    "loss": 0.2, "teacher_logprob": -0.8, "teacher_spread": 1.5, "policy_gap": 0.001, "policy_gap_max": 0.3,
+    "loss": 0.2, "scorer/teacher/logprob": -0.8, "scorer/teacher/spread": 1.5, "policy_gap": 0.001,
+    "policy_gap_max": 0.3,
 }  # fmt: skip
 LOST: dict[str, dict[str, float]] = {
     "length_blowup": {"response_length": 400.0},
@@ -38,7 +39,7 @@ LOST: dict[str, dict[str, float]] = {
     "kl_rising": {"reverse_kl": 5.0, "loss": 5.0},
 }
 ALL_LOST = {key: value for name in reversed(LOST) for key, value in LOST[name].items()}
-EXACT = {"rollouts", "response_tokens", "response_length_max", "teacher_logprob", "teacher_spread"}
+EXACT = {"rollouts", "response_tokens", "response_length_max", "scorer/teacher/logprob", "scorer/teacher/spread"}
 
 
 def lines(*stretches: tuple[int, dict[str, float]], seed: int = 0, noise: float = 0.05) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ def test_a_teacher_that_is_emptied_while_the_run_goes_on():
     assert facts["teacher_spread"] < 1e-4
 
 
-def test_a_sampler_that_keeps_its_old_weights():
+def test_T_10_a_sampler_that_keeps_its_old_weights_is_told():
     def keep(run: Run) -> None:
         run.sampler.takes_weights = False
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.config.schema import Lora, Model, Student, Teacher
+from opd.config.schema import Lora, Model, Scorer, Student
 from opd.errors import ModelError
 from opd.models.loading import (
     check_loadable,
     generation_end_ids,
+    load_frozen,
     load_student,
-    load_teacher,
     read_config,
     saved_dtype,
     tokenizer_source,
@@ -55,8 +55,8 @@ def test_an_adapter_folder_is_its_base_with_the_adapter_merged(made, role: str) 
         spec: Model = Student(model=source, device="cpu")
         model = load_student(Student(model=source, device="cpu"), 300)
     else:
-        spec = Teacher(model=source, device="cpu")
-        model = load_teacher(Teacher(model=source, device="cpu"), 300)
+        spec = Scorer(model=source, device="cpu")
+        model = load_frozen(Scorer(model=source, device="cpu"), 300, role="teacher")
     check_loadable(spec, role)
     torch.testing.assert_close(logprobs(model.module), said, atol=1e-5, rtol=1e-5)
     assert not any(".lora_" in name or ".base_layer" in name for name in model.module.state_dict())
@@ -91,7 +91,7 @@ def test_a_new_adapter_may_be_trained_on_a_merged_one_but_not_saved_without_it(m
 def test_an_adapter_is_not_merged_into_few_bits(made) -> None:
     source = str(made[0] / "adapter")
     with pytest.raises(ModelError, match=r"teacher\.quantisation: .* would round it away"):
-        check_loadable(Teacher(model=source, quantisation="int4"), "teacher")
+        check_loadable(Scorer(model=source, quantisation="int4"), "teacher")
     with pytest.raises(ModelError, match=r"student\.quantisation: .* would round it away"):
         load_student(Student(model=source, device="cpu", quantisation="int8", lora=Lora()), 300)
 
@@ -111,19 +111,19 @@ def test_an_adapter_is_not_merged_into_few_bits(made) -> None:
 def test_S_03_adapters_that_cannot_be_used_are_told_before_weights_are_read(adapter: Path, spoil, said: str) -> None:
     spoil(adapter)
     with pytest.raises(ModelError, match=rf"teacher\.model: .*{said}"):
-        check_loadable(Teacher(model=str(adapter)), "teacher")
+        check_loadable(Scorer(model=str(adapter)), "teacher")
 
 
 def test_an_adapter_of_another_model_is_told(adapter: Path, tmp_path: Path) -> None:
     edit(adapter, base_model_name_or_path=tiny.save(tmp_path / "other", "gpt2"))
     with pytest.raises(ModelError, match=r"teacher\.model: the adapter in .* does not fit its base"):
-        load_teacher(Teacher(model=str(adapter), device="cpu"), 300)
+        load_frozen(Scorer(model=str(adapter), device="cpu"), 300, role="teacher")
 
 
 def test_an_adapter_names_its_extra(adapter: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModelError, match=r"pip install 'opd\[lora\]'"):
-        check_loadable(Teacher(model=str(adapter)), "teacher")
+        check_loadable(Scorer(model=str(adapter)), "teacher")
 
 
 @pytest.mark.parametrize("targets", [("nothing",), ("lm_head",)])

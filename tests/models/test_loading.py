@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from opd.config.schema import Student, Teacher
+from opd.config.schema import Scorer, Student
 from opd.errors import ModelError
 from opd.models.causal import CausalLM
-from opd.models.loading import generation_end_ids, load_frozen, load_student, load_teacher, pick_device, saved_dtype
+from opd.models.loading import generation_end_ids, load_frozen, load_student, pick_device, saved_dtype
 from opd.models.saving import save_model
 from opd.objectives.head import head_logits
 from tests import tiny
@@ -70,7 +70,7 @@ def test_student_has_float32_weights_whatever_it_computes_in(tmp_path: Path) -> 
     hidden = student.hidden(ids, torch.ones_like(ids), torch.arange(3)[None])
     assert hidden.dtype == torch.bfloat16
     assert saved_dtype(spec) == torch.bfloat16
-    teacher = load_teacher(Teacher(model=str(tmp_path / "m"), dtype="bfloat16", device="cpu"), 300)
+    teacher = load_frozen(Scorer(model=str(tmp_path / "m"), dtype="bfloat16", device="cpu"), 300, role="teacher")
     assert {p.dtype for p in teacher.module.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in teacher.module.parameters())
     taken = load_frozen(spec, 300, role="student")  # as `opd eval` does: no master weights where nothing is trained
@@ -119,7 +119,7 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(name: str) -> None:
 
 def test_a_hub_name_without_a_hub_says_so() -> None:
     with pytest.raises(ModelError, match=r"teacher\.model: 'nobody/nothing'.*(hub|cache)"):
-        load_teacher(Teacher(model="nobody/nothing"), 10)
+        load_frozen(Scorer(model="nobody/nothing"), 10, role="teacher")
 
 
 def test_a_folder_without_a_checkpoint_and_broken_files_are_told(tmp_path: Path) -> None:
@@ -214,4 +214,4 @@ def test_a_checkpoint_with_weights_missing_is_refused_not_filled_with_random_num
     tensors = load_file(path)
     save_file({k: v for k, v in tensors.items() if "layers.1.mlp" not in k}, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"3 of its weights are not in the checkpoint.*layers\.1\.mlp"):
-        load_teacher(Teacher(model=source, device="cpu"), 300)
+        load_frozen(Scorer(model=source, device="cpu"), 300, role="teacher")

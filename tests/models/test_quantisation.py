@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.config.schema import Lora, Student, Teacher
+from opd.config.schema import Lora, Scorer, Student
 from opd.errors import ModelError
 from opd.models.adapters import adapter_off_view, base_fingerprint, untrained_targets
 from opd.models.causal import CausalLM
-from opd.models.loading import check_loadable, load_student, load_teacher
+from opd.models.loading import check_loadable, load_frozen, load_student
 from opd.models.saving import save_model
 from opd.rollouts.engine import EmbeddedEngine
 from opd.types import SamplingParams
@@ -128,7 +128,7 @@ def test_a_packed_weight_counts_what_it_stands_for(tmp_path: Path) -> None:
 
 def test_a_teacher_in_four_bits_scores_on_the_cpu(tmp_path: Path) -> None:
     source = tiny.save(tmp_path / "m")
-    teacher = load_teacher(Teacher(model=source, quantisation="int4", device="cpu"), 300)
+    teacher = load_frozen(Scorer(model=source, quantisation="int4", device="cpu"), 300, role="teacher")
     assert not any(p.requires_grad for p in teacher.module.parameters())
     gap = (logprobs(teacher.module) - logprobs(AutoModelForCausalLM.from_pretrained(source))).abs().mean()
     assert 0 < gap < 0.2
@@ -141,10 +141,10 @@ def test_experts_that_bitsandbytes_does_not_reach_are_told(tmp_path: Path, bits)
     reached = sum(p.numel() for n, p in module.named_parameters() if "_proj" in n and ".experts." not in n)
     share = f"{reached / sum(p.numel() for p in module.parameters()):.0%}"
     with pytest.warns(RuntimeWarning, match=rf"teacher\.quantisation: {bits} reaches {share} of the numbers"):
-        load_teacher(Teacher(model=source, quantisation=bits, device="cpu"), 300)
+        load_frozen(Scorer(model=source, quantisation=bits, device="cpu"), 300, role="teacher")
 
 
-@pytest.mark.parametrize("spec", [Teacher, Student])
+@pytest.mark.parametrize("spec", [Scorer, Student])
 def test_quantisation_names_its_extra(tmp_path: Path, monkeypatch, spec) -> None:
     source = tiny.save(tmp_path / "m")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

@@ -20,7 +20,7 @@ from typing import Any
 # Where a run can be in the middle of, and the functions that are called there.
 PHASES = {
     "rollout": [("opd.rollouts.answers", "Answers.draw")],
-    "scoring": [("opd.teachers.local", "LocalEvidence.pull")],
+    "scoring": [("opd.teachers.panel", "PanelEvidence.pull")],
     "update": [
         ("opd.learner.learner", "LocalLearner._micro_batch"),
         ("torch.nn.utils", "clip_grad_norm_"),

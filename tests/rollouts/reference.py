@@ -65,3 +65,26 @@ def assert_chi_square(counts: np.ndarray, expected: np.ndarray) -> None:
     # 99.9th percentile, Wilson and Hilferty 1931; a single outcome leaves nothing to differ
     limit = degrees * (1 - 2 / (9 * degrees) + 3.0902 * np.sqrt(2 / (9 * degrees))) ** 3 if degrees else 1e-9
     assert statistic < limit, f"chi-square {statistic:.1f} with {degrees} degrees of freedom, limit {limit:.1f}"
+
+
+def assert_binomial(count: int, draws: int, share: float, level: float = 1e-6) -> None:
+    """`count` of `draws` lies where a binomial variable lies but with probability `level`, by its exact tails."""
+    k = np.arange(draws + 1)
+    steps = np.concatenate(
+        [[0.0], np.cumsum(np.log(draws - k[:-1]) - np.log(k[1:]))]
+    )  # log of the binomial coefficient
+    if share in (0.0, 1.0):
+        assert count == share * draws
+        return
+    mass_k = np.exp(steps + k * np.log(share) + (draws - k) * np.log1p(-share))
+    assert abs(mass_k.sum() - 1) < 1e-9
+    below, above = mass_k[: count + 1].sum(), mass_k[count:].sum()
+    assert min(below, above) > level / 2, f"{count} of {draws}, where {share * draws:.1f} is expected"
+
+
+def logits(model: CausalLM, ids: np.ndarray) -> np.ndarray:
+    """float64 [V] of the token behind `ids`, by one forward pass without a cache."""
+    given = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None]
+    with torch.no_grad():
+        made = model.module(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False).logits
+    return made[0, -1, : model.vocab_size].double().numpy()

@@ -10,7 +10,8 @@ from opd.config.schema import Lora
 from opd.models.adapters import adapter_off_view, add_adapter
 from opd.models.causal import CausalLM
 from opd.models.weights import ModuleWeights
-from opd.rollouts.engine import EmbeddedEngine, disagreement
+from opd.rollouts.decoding import disagreement
+from opd.rollouts.engine import EmbeddedEngine
 from opd.rollouts.generic import GenericDecoder
 from opd.rollouts.lean import LeanDecoder
 from opd.rollouts.lean_weights import Linear

@@ -8,7 +8,8 @@ from torch import nn
 from opd.errors import ModelError
 from opd.models.causal import CausalLM
 from opd.rollouts import generic, lean_weights
-from opd.rollouts.engine import EmbeddedEngine, disagreement
+from opd.rollouts.decoding import disagreement
+from opd.rollouts.engine import EmbeddedEngine
 from opd.rollouts.generic import GenericDecoder
 from opd.rollouts.lean import LeanDecoder
 from opd.types import SamplingParams

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from opd.errors import DataError, ModelError
+from opd.errors import ModelError
 from opd.models.packing import pack
 from opd.objectives.head import head_logits
+from opd.teachers.residence import InHostMemory
+from opd.types import Want
 from tests import rooms
 
 
@@ -21,18 +25,28 @@ def parts():
 
 def test_an_offloaded_teacher_is_on_its_device_only_while_it_is_asked(parts) -> None:
     """A machine with one device has no other to go to, so the moves are written down instead of made."""
-    student, teacher, made, _ = parts
-    moves: list[str] = []
-    teacher._offload, teacher._home = True, torch.device("meta")
-    teacher.model.module.to = lambda device: moves.append(str(device))
+    student, _, made, fmt = parts
+    teacher, moves = offloaded(rooms.causal(seed=1), fmt)
     learner = rooms.learner(student)
     learner.update(made, teacher.evidence(made))
     assert moves == ["meta", "cpu"]
-    for rollout in made:
-        rollout.mask[:] = False
-    with pytest.raises(DataError):
+    broken = [dataclasses.replace(r, mask=np.zeros_like(r.mask)) for r in made]
+    assert not learner.update(broken, teacher.evidence(broken)).applied
+    assert moves == ["meta", "cpu"], "who is not asked stays where it is"
+    teacher.model.hidden = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
         learner.update(made, teacher.evidence(made))
     assert moves == ["meta", "cpu"] * 2, "a step that fails lets the teacher go as well"
+
+
+def offloaded(model, fmt):
+    """A teacher in host memory, and the list of its moves."""
+    teacher, moves = rooms.teacher(model, fmt), []
+    home = InHostMemory(model)
+    home.device, home._away = torch.device("meta"), True
+    model.module.to = lambda device: moves.append(str(device))
+    teacher._residence = home
+    return teacher, moves
 
 
 @pytest.mark.parametrize("resolution", ["sampled", "full"])
@@ -44,7 +58,7 @@ def test_A_16_a_teacher_reads_the_students_ends_as_its_own_wherever_they_stand(r
     prompt = rooms.prompts(ours)[0]
     made = rooms.answer(prompt, [5, 2, 7, 0], [-1.0] * 4)
     batch = pack([made], device=other.device)
-    rows = teacher.evidence([made]).pull(batch, resolution)["teacher"]
+    (rows,) = teacher.evidence([made]).pull(batch, {"teacher": Want(resolution, frozenset({made.id}))})
     read = [*theirs.prompt_ids(prompt.row), 5, 0, 7, 2]
     with torch.no_grad():
         logits = other.module(torch.tensor([read])).logits[0, -5:-1, : other.vocab_size].double() / 0.7
@@ -62,7 +76,7 @@ def test_the_head_moves_to_another_device_whole_and_once() -> None:
     there = teacher.head_on(torch.device("meta"))
     assert there.weight_VD.is_meta and there.order_V is not None and there.order_V.is_meta
     assert teacher.head_on(torch.device("meta")) is there
-    assert teacher.head_on(torch.device("cpu")).weight_VD is teacher.model.head.weight_VD
+    assert teacher.head_on(torch.device("cpu")).weight_VD.data_ptr() == teacher.model.head.weight_VD.data_ptr()
 
 
 def test_a_teacher_made_uniform_by_its_temperature_is_refused(parts) -> None:
@@ -103,12 +117,12 @@ def test_X_01_scores_that_fail_at_other_places_in_every_pass_are_all_left_out(pa
         def __init__(self) -> None:
             self.passes = 0
 
-        def pull(self, batch, resolution):
-            rows = teacher.evidence(made).pull(batch, resolution)["teacher"]
+        def pull(self, batch, wants):
+            (rows,) = teacher.evidence(made).pull(batch, wants)
             place_T = torch.tensor(np.concatenate([np.arange(len(r.response_ids)) for r in batch.rollouts]))
             rows.valid_T[place_T == self.passes] = False  # the first token in the first pass, the second in the second
             self.passes += self.passes < 2
-            return {"teacher": rows}
+            return [rows]
 
         def release(self) -> None: ...
 

@@ -16,6 +16,7 @@ from opd.teachers.reading import read_answers, writer
 from opd.text.agreement import compare
 from opd.types import Rollout
 from tests import rooms
+from tests.teachers.test_local import offloaded
 
 
 def read(rollouts: list[Rollout], readers: dict, student: str | None = None, budget: int = 10_000, **more) -> Any:
@@ -155,10 +156,7 @@ def test_what_is_not_finite_is_missing_and_the_rest_stays(broken: float, monkeyp
 def test_a_reader_in_host_memory_comes_and_goes_also_when_it_fails(monkeypatch) -> None:
     fmt = rooms.prompt_format()
     made = rooms.rollouts(rooms.causal(seed=0), fmt, samples=1)
-    moves: list[str] = []
-    teacher = reader(rooms.causal(seed=1), fmt)
-    teacher._offload, teacher._home = True, torch.device("meta")
-    teacher.model.module.to = lambda device: moves.append(str(device))
+    teacher, moves = offloaded(rooms.causal(seed=1), fmt)
     read(made, {"teacher": teacher})
     assert moves == ["meta", "cpu"]
     monkeypatch.setattr(teacher.model, "hidden", lambda *_: 1 / 0)

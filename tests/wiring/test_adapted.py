@@ -54,7 +54,7 @@ def test_an_adapter_is_trained_exported_and_given_back_as_a_model(models, tmp_pa
 def test_a_student_and_its_own_base_in_another_context(models, tmp_path: Path, bits: str) -> None:
     """The teacher is the student with its adapter off, told more: no second model."""
     student = {"model": models[0], "lora": LORA, "quantisation": bits, "device": "cpu"}
-    teacher = {"model": models[0], "adapter_off": True, "format": {"system_prompt": "Count twice."}}
+    teacher = {"model": models[0], "weights": "adapter_off", "format": {"system_prompt": "Count twice."}}
     run = opd.distill(
         student,
         teacher,
@@ -74,7 +74,7 @@ def test_a_dry_run_tells_the_adapter_and_counts_no_second_model(models, tmp_path
     student = {"model": models[0], "lora": {"rank": 2}, "quantisation": "int8"}
     given = {
         "student": student,
-        "teacher": {"model": models[0], "adapter_off": True, "format": {"system_prompt": "More."}},
+        "teacher": {"model": models[0], "weights": "adapter_off", "format": {"system_prompt": "More."}},
         "prompts": {"sources": [{"kind": "inline", "rows": ["hi"]}]},
         "run": {"folder": str(tmp_path / "run")},
     }

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd.errors import ConfigError
-from opd.journal.reader import read_metrics, read_rollouts, read_summary
+from opd.journal.reader import read_events, read_metrics, read_rollouts, read_summary
 from tests import tiny
 
 SHORT = {"prompts": ["What is 2 + 2?", "Sort: hgfe", "hi"], "sampling": {"max_tokens": 8, "samples_per_prompt": 2}}
@@ -40,6 +40,26 @@ def test_distill_returns_the_run_and_arguments_win_over_files(models, tmp_path: 
     assert run.folder == tmp_path / "run" and run.summary == read_summary(run.folder)
     assert [line["lr"] for line in read_metrics(run.folder)] == [1e-3, 1e-3]
     assert AutoModelForCausalLM.from_pretrained(run.student).config.model_type == "qwen3"
+
+
+def test_a_step_of_rows_that_no_term_reads_is_skipped_not_the_end(models, tmp_path: Path) -> None:
+    """One prompt a step, and the term reads every other one."""
+    rows = tuple({"prompt": f"{n} + 2?", "part": "b" if n % 2 else "a"} for n in range(4))
+    source = {"kind": "inline", "rows": rows, "columns": {"domain": "part"}}
+    run = opd.distill(
+        *models,
+        prompts={"sources": [source], "per_step": 1, "shuffle": False},
+        sampling=SHORT["sampling"],
+        objective={"behaviour": "student", "terms": [{"name": "of_a", "domains": ["a"]}]},
+        run={"folder": str(tmp_path / "run"), "steps": 4},
+        quiet=True,
+    )
+    metrics = read_metrics(run.folder)
+    assert [line["applied"] for line in metrics] == [True, False, True, False]
+    assert [line["trained_tokens"] > 0 for line in metrics] == [True, False, True, False]
+    told = [event["message"] for event in read_events(run.folder) if event["kind"] == "bad_step"]
+    assert len(told) == 2 and all("of_a: reads none of the answers" in line for line in told)
+    assert read_summary(run.folder)["status"] == "done"
 
 
 def test_distill_refuses_what_it_does_not_know(models, tmp_path: Path) -> None:

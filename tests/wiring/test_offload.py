@@ -6,7 +6,7 @@ from pathlib import Path
 
 import opd
 from opd.rollouts.engine import EmbeddedEngine
-from opd.teachers.local import LocalTeacher
+from opd.teachers.residence import Resident
 from tests import tiny
 
 SHORT = {"prompts": ["What is 2 + 2?", "hi"], "sampling": {"max_tokens": 8, "samples_per_prompt": 2}}
@@ -17,9 +17,9 @@ TASK["grader"] = {"kind": "exact"}
 def test_an_offloaded_teacher_takes_the_tasks_on_its_own_device(tmp_path: Path, monkeypatch) -> None:
     models = tiny.save(tmp_path / "student", seed=0), tiny.save(tmp_path / "teacher", "llama", seed=1)
     seen: list[str] = []
-    fetch, release, generate = LocalTeacher.fetch, LocalTeacher.release, EmbeddedEngine.generate
-    monkeypatch.setattr(LocalTeacher, "fetch", lambda self: (seen.append("fetch"), fetch(self))[1])
-    monkeypatch.setattr(LocalTeacher, "release", lambda self: (seen.append("release"), release(self))[1])
+    fetch, release, generate = Resident.fetch, Resident.release, EmbeddedEngine.generate
+    monkeypatch.setattr(Resident, "fetch", lambda self: (seen.append("fetch"), fetch(self))[1])
+    monkeypatch.setattr(Resident, "release", lambda self: (seen.append("release"), release(self))[1])
     note = lambda self, *a, tag, **k: (seen.append(self._model.name.split()[0]), generate(self, *a, tag=tag, **k))[1]  # noqa: E731
     monkeypatch.setattr(EmbeddedEngine, "generate", note)
     opd.distill(*models, **SHORT, evals={"tasks": [TASK]}, run={"folder": str(tmp_path / "r"), "steps": 1}, quiet=True)

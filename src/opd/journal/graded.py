@@ -54,10 +54,16 @@ class GradedAnswer(_BesideStudent):
 
 
 class _Written(TypedDict, total=False):
-    """False where somebody else than the student wrote the answers; penalties then leave the student aside, see
-    `writer_of`: what neither model would write is about as unlikely to both. Missing: True."""
+    """What may be missing.
+
+    written_by_student  False where somebody else than the student wrote the answers; penalties then leave the student
+                        aside, see `writer_of`: what neither model would write is about as unlikely to both. Missing:
+                        True.
+    left_out            a model that should have read them, too, to the reason why it could not. Missing: nobody.
+    """
 
     written_by_student: bool
+    left_out: dict[str, str]
 
 
 class GradedRecord(_Written):
@@ -152,6 +158,10 @@ def check(record: Any) -> GradedRecord:
     _need(isinstance(record["title"], str), "title must be text", record["title"])
     _need(record["step"] is None or _is_int(record["step"]), "step must be a whole number or null", record["step"])
     _need(isinstance(record.get("written_by_student", True), bool), "written_by_student must be true or false", record)
+    left_out = record.get("left_out", {})
+    _need(isinstance(left_out, Mapping), "left_out must be an object", type(left_out).__name__)
+    for name, why in left_out.items():
+        _need(isinstance(name, str) and isinstance(why, str), f"left_out.{name} must be text", why)
     _check_readers(record)
     _need(isinstance(record["texts"], Mapping), "texts must be an object", type(record["texts"]).__name__)
     for key, text in record["texts"].items():

@@ -60,6 +60,7 @@ def read_rollouts(folder: str | Path, step: int | None = None) -> Iterator[dict[
     """The rollouts of one step, or of all steps in order, one dict each:
 
     id, prompt_id, domain, policy_version, behaviour, finish_reason   as in `opd.types.Rollout`
+    reward                                                            in [0, 1]; absent where nothing graded it
     prompt, response                                                  text, for people
     prompt_ids, response_ids                                          token ids
     behaviour_logprobs                                                one for every response token, None: nobody sampled
@@ -79,6 +80,11 @@ def read_rollouts(folder: str | Path, step: int | None = None) -> Iterator[dict[
         with gzip.open(files[number], "rb") as file:
             for count, text in enumerate(file, 1):
                 yield {"step": number, **_parse(text, files[number], count)}
+
+
+def recorded_steps(folder: str | Path) -> set[int]:
+    """Steps, counted from 1, whose rollouts are there. Raises DataError when the folder is no run."""
+    return set(_by_step(_run(folder) / "rollouts", ".jsonl.gz"))
 
 
 def _by_step(folder: Path, suffix: str) -> dict[int, Path]:

@@ -28,6 +28,7 @@ EventKind = Literal[
     "bad_step",
     "adapter",
     "tracker",
+    "view",
     "stop",
 ]
 
@@ -79,6 +80,7 @@ def rollout_row(
     """One line of `rollouts/step_*.jsonl.gz`. Ids are the record, the texts are for people.
 
     `behaviour_logprobs` are the shortest decimals that read back to the same float32, null where nobody sampled.
+    `reward` is there where the answer was graded.
     With `scores` there are `teacher_logprobs` and `reverse_kl` as well, to 4 decimals, null where they are not finite.
     """
     decimals = rollout.behaviour_logprobs.astype(np.float32).astype("U32")
@@ -98,6 +100,8 @@ def rollout_row(
         "mask": rollout.mask.astype(np.int8).tolist(),
         "turns": [list(turn) for turn in rollout.turns],
     }
+    if rollout.reward is not None:
+        row["reward"] = float(rollout.reward)
     if scores is not None:
         row["teacher_logprobs"] = _rounded(scores.teacher_logprobs)
         row["reverse_kl"] = _rounded(scores.reverse_kl)

@@ -118,7 +118,7 @@ def _by_domain(
     kl_T: NDArray[np.float32], valid_T: NDArray[np.bool_], domain_N: Sequence[str], length_N: NDArray[np.int64]
 ) -> dict[str, float]:
     """Domains whose names are the same as a key are one."""
-    keys = [_as_key(domain) for domain in domain_N]
+    keys = [as_key(domain) for domain in domain_N]
     names, row_N = np.unique(keys, return_inverse=True)
     group_T = np.repeat(row_N, length_N)[valid_T]
     counts = np.bincount(group_T, minlength=len(names))
@@ -144,6 +144,6 @@ def _kept(values: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.fl
     return values[mask & np.isfinite(values)].astype(np.float64)
 
 
-def _as_key(name: str) -> str:
+def as_key(name: str) -> str:
     """A domain as part of a metric's name: letters, digits, `_`, `.` and `-`; no slash, which separates the parts."""
     return re.sub(r"[^\w.-]+", "_", name)[:60] or "_"

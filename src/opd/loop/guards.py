@@ -2,7 +2,8 @@
 
 A guard is a function of the lines of `metrics.jsonl` up to a step. It keeps nothing, so that a resumed run goes on
 exactly. It reads the first `window` lines as what the run was like (or the first alone, see `opd.loop.lines`), and no
-more than the last `2 * window`, `window + kl_rising.steps` or `window + changed_teacher.every` as what it is like now.
+more than the last `2 * window`, `window + kl_rising.steps`, `window + changed_teacher.every` or, for a scorer that is
+asked now and then, `window + uniform_teacher.steps * window` as what it is like now.
 The two never overlap, so guards that compare them are silent for the first `window` steps.
 
 A guard speaks up when its sign is there and was not at any of the `window` steps before: once when it comes, and again
@@ -237,29 +238,41 @@ def _kl_climbs(spec: KLRising, lines: Lines) -> Sign | None:
 
 
 def uniform_teacher(spec: UniformTeacher, lines: Lines) -> Sign | None:
-    mean_T, spread_T = (lines.last(key, spec.steps) for key in ("teacher_logprob", "teacher_spread"))
-    uniform = -math.log(lines.limits.vocab_size)
-    if len(mean_T) < spec.steps or not np.all((np.abs(mean_T - uniform) <= spec.nats) & (spread_T <= spec.nats)):
+    """Every scorer for itself. A step in which it read nothing does not count."""
+    uniform, told, facts = -math.log(lines.limits.vocab_size), [], {}
+    for name in _scorers(lines, "logprob"):
+        mean_T, spread_T = (lines.said(f"scorer/{name}/{key}", spec.steps) for key in ("logprob", "spread"))
+        if len(mean_T) < spec.steps or len(spread_T) < spec.steps:
+            continue
+        if not np.all((np.abs(mean_T - uniform) <= spec.nats) & (spread_T <= spec.nats)):
+            continue
+        mean, spread = float(mean_T.mean()), float(spread_T.mean())
+        told.append(f"{name} {mean:.2f} +- {spread:.2f}")
+        facts |= {f"{name}_logprob": mean, f"{name}_spread": spread}
+    if not told:
         return None
-    mean, spread = float(mean_T.mean()), float(spread_T.mean())
     message = (
-        f"the teacher is uniform: its log-probability of the answers' tokens is {mean:.2f} +- {spread:.2f} over the "
-        f"last {spec.steps} steps, and -log of its {lines.limits.vocab_size} tokens is {uniform:.2f}. It knows "
-        "nothing: look whether its weights were loaded (teacher.model, teacher.revision), and at "
+        f"a scorer is uniform: its log-probability of the answers' tokens over the last {spec.steps} steps that it "
+        f"read ({', '.join(told)}) is -log of its {lines.limits.vocab_size} tokens, {uniform:.2f}. It knows nothing: "
+        "look whether its weights were loaded (teacher.model, teacher.revision, or those of the scorer), and at "
         "objective.teacher_temperature"
     )
-    return Sign(message, {"teacher_logprob": mean, "teacher_spread": spread, "uniform": uniform})
+    return Sign(message, facts | {"uniform": uniform})
 
 
 def changed_teacher(spec: ChangedTeacher, lines: Lines) -> Sign | None:
-    looked_T = lines.last("teacher_fingerprint_changed", spec.every)
-    looked_T = looked_T[np.isfinite(looked_T)]
-    if not len(looked_T) or not looked_T[-1]:
+    changed = []
+    for name in _scorers(lines, "fingerprint_changed", spec.every):
+        looked_T = lines.last(f"scorer/{name}/fingerprint_changed", spec.every)
+        looked_T = looked_T[np.isfinite(looked_T)]
+        if len(looked_T) and looked_T[-1]:
+            changed.append(name)
+    if not changed:
         return None
     message = (
-        "the teacher is not the one that the run began with: its fingerprint (weights, tokenizer, template, "
-        "temperature) changed. Something writes to its weights or its files were replaced; scores before and after "
-        "cannot be compared. Fix teacher.revision and start anew"
+        f"{' and '.join(changed)}: not the scorer that the run began with, the fingerprint (weights, tokenizer, "
+        "template, temperature) changed. Something writes to its weights or its files were replaced; scores before and "
+        "after cannot be compared. Fix teacher.revision, or that of the scorer, and start anew"
     )
     return Sign(message, {})
 
@@ -275,6 +288,13 @@ def policy_gap(spec: PolicyGap, lines: Lines) -> Sign | None:
         "answers are not the student's own then. Try engine.path: generic, or student.dtype: float32"
     )
     return Sign(message, {"policy_gap": mean, "policy_gap_max": largest})
+
+
+def _scorers(lines: Lines, key: str, steps: int = 1) -> list[str]:
+    """The scorers about which the last `steps` lines say `key`."""
+    newest = lines.history[max(lines.end - steps, 0) : lines.end]
+    parts = {name for line in newest for name in line if name.startswith("scorer/") and name.endswith(f"/{key}")}
+    return sorted(part.removeprefix("scorer/").removesuffix(f"/{key}") for part in parts)
 
 
 def _facts(key: str, seen: Change) -> dict[str, float]:

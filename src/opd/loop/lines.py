@@ -52,6 +52,12 @@ class Lines:
         """float64 [steps]: the last `steps` values; NaN where there is none. Shorter when the run is."""
         return _column(self._last(steps), key)
 
+    def said(self, key: str, values: int) -> NDArray[np.float64]:
+        """float64 [values]: the last so many numbers that are there, of the last `values * window` steps; fewer when
+        there are no more."""
+        found_T = self.last(key, values * self.window)
+        return found_T[~np.isnan(found_T)][-values:]
+
     def change(self, key: str, *, scale: float | None = None) -> Change | None:
         """From the beginning to the last window; None while they overlap, or where the number is missing.
 

@@ -1,17 +1,19 @@
-"""The loop, one step as one sentence: ask, write, score, change, write with the new weights."""
+"""The loop, one step as one sentence: ask, write, grade, score, change, write with the new weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from opd.costs.ledger import Ledger, prefill_cost, sampling_cost, scoring_cost, training_cost
+from opd.config.slots import Schedule
+from opd.costs.ledger import Ledger, prefill_cost, reading_cost, sampling_cost, scoring_cost, training_cost
 from opd.costs.size import ModelSize
 from opd.errors import TrainingDiverged
 from opd.loop.answers import answer_metrics
+from opd.loop.rewards import AnswerRewards, reward_metrics
 from opd.protocols import EvidenceHandle, Learner, Sampler, Teacher
-from opd.types import Batch, Prompt, Resolution, Rollout, SamplingParams, ScorerRows, StepReport
+from opd.types import Batch, Behaviour, Prompt, Rollout, SamplingParams, ScorerRows, StepReport, Want
 
 
 class PromptSource(Protocol):
@@ -24,7 +26,16 @@ class PromptSource(Protocol):
 class Rooms:
     """The parts that meet in the loop.
 
-    For the bill: `trainable` parameters where not all are; `updates_per_batch`, how often the learner reads a batch.
+    rewards    grades the answers before they are trained on; None: nothing asks for it.
+    horizon    tokens at which the answers of a step are cut; None: at `params.max_tokens`.
+
+    For the bill:
+
+    scorer_sizes       by name.
+    writers            who else writes an answer of this kind, or takes part in it: a scorer's name.
+    trainable          parameters that are trained, where not all are.
+    updates_per_batch  how often the learner reads a batch.
+    looks              whether every update reads the whole batch once more before its gradient is made.
     """
 
     prompts: PromptSource
@@ -32,10 +43,14 @@ class Rooms:
     teacher: Teacher | None
     learner: Learner
     params: SamplingParams
+    rewards: AnswerRewards | None = None
+    horizon: Schedule | None = None
     student_size: ModelSize
-    teacher_size: ModelSize | None
+    scorer_sizes: Mapping[str, ModelSize] = field(default_factory=dict)
+    writers: Mapping[Behaviour, str] = field(default_factory=dict)
     trainable: int | None = None
     updates_per_batch: int = 1
+    looks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +79,14 @@ def train(rooms: Rooms, *, steps: int, ledger: Ledger, listener: Listener, first
         prompts_P = rooms.prompts.batch(step)
         listener.on_phase("rollout")
         with ledger.seconds("rollout"):
-            rollouts_N = rooms.sampler.generate(prompts_P, rooms.params, tag=f"train/{step}")
+            params = params_at(rooms.params, rooms.horizon, step)
+            rollouts_N = rooms.sampler.generate(prompts_P, params, tag=f"train/{step}")
+        graded: dict[str, float] = {}
+        if rooms.rewards is not None:
+            listener.on_phase("grading")
+            with ledger.seconds("grading"):
+                rollouts_N = rooms.rewards.grade(rollouts_N)
+            graded = reward_metrics(rollouts_N)
         listener.on_phase("update")
         with ledger.seconds("update"):
             evidence = None if rooms.teacher is None else _Timed(rooms.teacher.evidence(rollouts_N), ledger)
@@ -75,22 +97,47 @@ def train(rooms: Rooms, *, steps: int, ledger: Ledger, listener: Listener, first
                 report, diverged = error.report, error
         with ledger.seconds("sync"):
             rooms.sampler.load(rooms.learner.weights())
-        _bill(rooms, rollouts_N, ledger)
-        listener.on_step(report, rollouts_N, {**report.metrics, **answer_metrics(rollouts_N, report.scores)})
+        read = {} if evidence is None else evidence.lengths()
+        _bill(rooms, rollouts_N, read, ledger, trained=report.metrics.get("trained_tokens") != 0)
+        listener.on_step(report, rollouts_N, {**report.metrics, **answer_metrics(rollouts_N, report.scores), **graded})
         if diverged is not None:
             raise diverged
         listener.look(report.step)
 
 
-def _bill(rooms: Rooms, rollouts_N: Sequence[Rollout], ledger: Ledger) -> None:
-    """What a step costs, by role; evaluations are not a cost of the method and are left out."""
-    written = [r for r in rollouts_N if r.behaviour == "student"]
-    if written:
-        ledger.add_cost("student_prefill", prefill_cost(written, rooms.student_size))
-        ledger.add_cost("student_sampling", sampling_cost(written, rooms.student_size))
-    for _ in range(rooms.updates_per_batch):  # evidence is pulled anew by every update
-        if rooms.teacher_size is not None:
-            ledger.add_cost("teacher_scoring", scoring_cost(rollouts_N, rooms.teacher_size))
+def params_at(params: SamplingParams, horizon: Schedule | None, step: int) -> SamplingParams:
+    """The parameters of a step, counted from 0: answers have at most `horizon` tokens, rounded, never less than one
+    and never more than `params.max_tokens`. An answer that is cut there is trained as far as it goes."""
+    if horizon is None:
+        return params
+    return replace(params, max_tokens=max(1, min(params.max_tokens, round(horizon.at(step)))))
+
+
+def _bill(
+    rooms: Rooms, rollouts_N: Sequence[Rollout], read: Mapping[str, Sequence[int]], ledger: Ledger, *, trained: bool
+) -> None:
+    """What a step costs, by role; evaluations are not a cost of the method and are left out.
+
+    read      scorer to the lengths of the sequences that it read, as often as it read them.
+    trained   whether there was anything to train.
+
+    A scorer that writes is billed by the student's prompts: where its own are longer, for a little less than it cost.
+    """
+    kinds: dict[Behaviour, list[Rollout]] = {}
+    for rollout in rollouts_N:
+        kinds.setdefault(rollout.behaviour, []).append(rollout)
+    for kind, written in kinds.items():
+        if kind in ("student", "teacher_mixed", "speculative"):
+            ledger.add_cost("student_prefill", prefill_cost(written, rooms.student_size))
+            ledger.add_cost("student_sampling", sampling_cost(written, rooms.student_size))
+        if name := rooms.writers.get(kind):
+            ledger.add_cost(f"{name}_prefill", prefill_cost(written, rooms.scorer_sizes[name]))
+            ledger.add_cost(f"{name}_sampling", sampling_cost(written, rooms.scorer_sizes[name]))
+    for name, lengths in read.items():
+        ledger.add_cost(f"{name}_scoring", reading_cost(lengths, rooms.scorer_sizes[name]))
+    for _ in range(rooms.updates_per_batch if trained else 0):
+        if rooms.looks:
+            ledger.add_cost("student_looking", scoring_cost(rollouts_N, rooms.student_size))
         ledger.add_cost("student_training", training_cost(rollouts_N, rooms.student_size, rooms.trainable))
 
 
@@ -101,9 +148,12 @@ class _Timed:
     handle: EvidenceHandle
     ledger: Ledger
 
-    def pull(self, batch: Batch, resolution: Resolution) -> dict[str, ScorerRows]:
+    def pull(self, batch: Batch, wants: Mapping[str, Want]) -> list[ScorerRows]:
         with self.ledger.seconds("scoring"):
-            return self.handle.pull(batch, resolution)
+            return self.handle.pull(batch, wants)
+
+    def lengths(self) -> Mapping[str, Sequence[int]]:
+        return self.handle.lengths()
 
     def release(self) -> None:
         self.handle.release()

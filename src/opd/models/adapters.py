@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class AdapterOff(CausalLM):
         self._student_adapter = student.adapter
         self._module = student.module
         super().__init__(
-            _OffModule(student.module, student.adapter),  # pyright: ignore[reportArgumentType]
+            Within(student.module, student.adapter.off),  # pyright: ignore[reportArgumentType]
             vocab_size=student.vocab_size,
             compute_dtype=student.compute_dtype,
             name=f"{student.name} (adapter off)",
@@ -112,18 +112,18 @@ class AdapterOff(CausalLM):
         return digest(base_tensors(self._module))
 
 
-class _OffModule:
-    """Calls of a module with its adapter off; everything else is the module's own."""
+class Within:
+    """A module whose calls run inside a context of their own; everything else is the module's."""
 
-    def __init__(self, module: Any, adapter: Adapter) -> None:
-        self._module, self._adapter = module, adapter
+    def __init__(self, module: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._module, self._context = module, context
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._adapter.off():
+        with self._context():
             return self._module(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._adapter.off():
+        with self._context():
             return self._module.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

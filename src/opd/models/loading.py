@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opd.config.schema import Model, Quantisation, Student, Teacher
+from opd.config.schema import Model, Quantisation, Scorer, Student
 from opd.errors import ModelError
 from opd.models import quantisation
 from opd.models.adapter_folder import AdapterFolder, adapter_folder
@@ -68,13 +68,8 @@ def load_student(spec: Student, vocab_size: int) -> CausalLM:
     return loaded
 
 
-def load_teacher(spec: Teacher, vocab_size: int) -> CausalLM:
-    """The scoring model."""
-    return load_frozen(spec, vocab_size, role="teacher")
-
-
 def load_frozen(spec: Model, vocab_size: int, *, role: str) -> CausalLM:
-    """A model that is only run: its parameters are in the spec's dtype too, or in the bits a teacher asks for."""
+    """A model that is only run: its parameters are in the spec's dtype too, or in the bits a scorer asks for."""
     device = pick_device(spec.device)
     dtype = pick_dtype(spec.dtype, device)
     loaded = _load(
@@ -83,7 +78,7 @@ def load_frozen(spec: Model, vocab_size: int, *, role: str) -> CausalLM:
         vocab_size=vocab_size,
         parameter_dtype=dtype,
         device=device,
-        bits=spec.quantisation if isinstance(spec, Teacher) else "none",
+        bits=spec.quantisation if isinstance(spec, Scorer) else "none",
     )
     loaded.module.requires_grad_(False)
     return loaded
@@ -96,9 +91,9 @@ def check_loadable(spec: Model, role: str) -> None:
     adapted = adapter_folder(spec.model, role)
     if adapted is not None:
         require_peft(role)
-    if isinstance(spec, Student | Teacher) and spec.quantisation != "none":
+    if isinstance(spec, Student | Scorer) and spec.quantisation != "none":
         quantisation.settings(spec.quantisation, torch.float32, role)
-        if isinstance(spec, Teacher) and adapted is not None:
+        if isinstance(spec, Scorer) and adapted is not None:
             raise _quantised_merge(spec, role)
     if isinstance(spec, Student) and spec.lora is not None:
         adapter_targets(spec, role)

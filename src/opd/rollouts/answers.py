@@ -11,30 +11,46 @@ from torch import Tensor
 
 from opd.errors import ModelError
 from opd.rollouts import noise, sampling
-from opd.types import SamplingParams
+from opd.types import Behaviour, Prompt, Rollout, SamplingParams
 
 
 class Answers:
     """Tokens and log-probabilities of N rollouts, whichever rows of whichever batch they are written in.
 
+    Rollout n answers prompt n // samples_per_prompt; its id is `<tag>/<prompt id>/<sample>`.
+
     ids_NT        int64 [N, max_tokens]; the first length_N tokens of a row are its answer.
     logprobs_NT   float32 [N, max_tokens].
     stopped_N     bool [N]; True where the answer ended with a stop token.
+
+    params        how tokens are drawn from the logits that `draw` gets.
+    progress      called with the number of finished answers.
+    who           whose logits they are, for messages.
     """
 
     def __init__(
-        self, rollout_ids: Sequence[str], params: SamplingParams, *, seed: int, progress: Callable[[int], None] | None
+        self,
+        prompts_P: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        tag: str,
+        seed: int,
+        progress: Callable[[int], None] | None,
+        who: str,
     ) -> None:
-        N = len(rollout_ids)
-        self.rollout_ids = rollout_ids
+        samples = params.samples_per_prompt
+        self.rollout_ids = [f"{tag}/{prompt.id}/{s}" for prompt in prompts_P for s in range(samples)]
+        N = len(self.rollout_ids)
         self.params = params
         self.ids_NT = np.zeros((N, params.max_tokens), dtype=np.int64)
         self.logprobs_NT = np.zeros((N, params.max_tokens), dtype=np.float32)
         self.length_N = np.zeros(N, dtype=np.int64)
         self.stopped_N = np.zeros(N, dtype=np.bool_)
-        self._key_N = np.array([noise.key(seed, rollout_id) for rollout_id in rollout_ids], dtype=np.uint64)
+        self._key_N = np.array([noise.key(seed, rollout_id) for rollout_id in self.rollout_ids], dtype=np.uint64)
+        self._prompts_P = prompts_P
         self._progress = progress
         self._finished = 0
+        self._who = who
 
     def draw(self, logits_NV: Tensor, rollout_N: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.bool_]]:
         """Draws and records the next token of rollouts `rollout_N` from float32 [N, V] logits, one row each.
@@ -49,8 +65,9 @@ class Answers:
         if not np.isfinite(written_logprob_N).all():
             n = int(rollout_N[int(np.argmin(np.isfinite(written_logprob_N)))])
             raise ModelError(
-                f"the student's logits are not finite at position {self.length_N[n]} of rollout {self.rollout_ids[n]}. "
-                "Its weights are broken (in the checkpoint, or by too high a learning rate), or its dtype overflows."
+                f"the {self._who}'s logits are not finite at position {self.length_N[n]} of rollout "
+                f"{self.rollout_ids[n]}. Its weights are broken (in the checkpoint, or by too high a learning rate), "
+                "or its dtype overflows."
             )
         self.ids_NT[rollout_N, position_N] = written_N
         self.logprobs_NT[rollout_N, position_N] = written_logprob_N
@@ -63,3 +80,22 @@ class Answers:
             if self._progress is not None:
                 self._progress(self._finished)
         return token_N, goes_on_N
+
+    def rollouts(self, *, behaviour: Behaviour, version: int, sampling: SamplingParams) -> list[Rollout]:
+        """The finished answers, in the order of the prompts; `sampling` is what was asked for."""
+        return [self._rollout(n, behaviour, version, sampling) for n in range(len(self.rollout_ids))]
+
+    def _rollout(self, n: int, behaviour: Behaviour, version: int, sampling: SamplingParams) -> Rollout:
+        length = int(self.length_N[n])
+        return Rollout(
+            id=self.rollout_ids[n],
+            prompt=self._prompts_P[n // self.params.samples_per_prompt],
+            response_ids=self.ids_NT[n, :length].copy(),
+            behaviour_logprobs=self.logprobs_NT[n, :length].copy(),
+            mask=np.ones(length, dtype=np.bool_),
+            policy_version=version,
+            behaviour=behaviour,
+            finish_reason="stop" if self.stopped_N[n] else "length",
+            sampling=sampling,
+            turns=((0, length),),
+        )

@@ -54,6 +54,8 @@ class GenericDecoder:
     `joins=False` keeps rows of different lengths apart. ModelError when the model takes no transformers cache.
     """
 
+    pads = False
+
     def __init__(self, model: CausalLM, *, joins: bool = True) -> None:
         self._model = model
         takes = inspect.signature(model.module.forward).parameters

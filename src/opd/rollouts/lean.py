@@ -42,7 +42,7 @@ class LeanDecoder:
     Weights are taken over when it is made: make one per version of the weights.
     """
 
-    joins = True
+    joins = pads = True
 
     def __init__(self, model: CausalLM, *, slots: int, capacity: int) -> None:
         self._weights = w = gather(model)

@@ -27,13 +27,38 @@ def draw(logits_NV: Tensor, uniform_N: Tensor, params: SamplingParams) -> tuple[
     if params.temperature == 0:
         top_N, token_N = logits_NV.max(-1)
         return token_N, top_N * 0.0  # 0, or NaN where the logits are not finite
+    return _invert(_masses(logits_NV, params), uniform_N)
+
+
+def distribution(logits_NV: Tensor, params: SamplingParams) -> Tensor:
+    """float32 [N, V]: the probabilities that `draw` draws from; each row adds up to 1. A row with logits that are not
+    finite (-inf excepted) is NaN.
+
+    logits_NV   float32 [N, V].
+    """
+    if params.temperature == 0:
+        top_N1, token_N1 = logits_NV.max(-1, keepdim=True)
+        return torch.zeros_like(logits_NV).scatter_(1, token_N1, 1.0) + top_N1 * 0.0
+    mass_NV = _masses(logits_NV, params)
+    return mass_NV / mass_NV.sum(-1, keepdim=True)
+
+
+def largest(values_NV: Tensor, k: int) -> Tensor:
+    """bool [N, V]: the k largest values of every row, lower ids first among equals."""
+    k = min(k, values_NV.shape[-1])
+    border_N1 = values_NV.topk(k, dim=-1).values[:, -1:]
+    return _stays(values_NV, border_N1, torch.full_like(border_N1, k, dtype=torch.int64))
+
+
+def _masses(logits_NV: Tensor, params: SamplingParams) -> Tensor:
+    """float32 [N, V], not normalised: the tempered softmax, zero where a cut takes the token out."""
     tempered_NV = logits_NV if params.temperature == 1 else logits_NV / params.temperature
     mass_NV = torch.softmax(tempered_NV, dim=-1)
     if 0 < params.top_k < mass_NV.shape[-1]:
-        mass_NV = _keep_top_k(mass_NV, params.top_k)
+        mass_NV = mass_NV * largest(mass_NV, params.top_k)
     if params.top_p < 1:
         mass_NV = _keep_top_p(mass_NV, params.top_p)
-    return _invert(mass_NV, uniform_N)
+    return mass_NV
 
 
 def _invert(mass_NV: Tensor, uniform_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,11 +96,6 @@ def _first_above(ends_NB: Tensor, point_N1: Tensor) -> tuple[Tensor, Tensor]:
     return index_N1, point_N1 - before_N1
 
 
-def _keep_top_k(mass_NV: Tensor, k: int) -> Tensor:
-    border_N1 = mass_NV.topk(k, dim=-1).values[:, -1:]
-    return _keep_largest(mass_NV, border_N1, torch.full_like(border_N1, k, dtype=torch.int64))
-
-
 def _keep_top_p(mass_NV: Tensor, top_p: float) -> Tensor:
     """Sorts no more of the vocabulary than the nucleus needs: 256 tokens, then 16 times as many, ..."""
     V = mass_NV.shape[-1]
@@ -88,15 +108,15 @@ def _keep_top_p(mass_NV: Tensor, top_p: float) -> Tensor:
             break
         looked_at = min(16 * looked_at, V)
     count_N1 = ((reached_NK < goal_N1).sum(-1, keepdim=True) + 1).clamp(max=looked_at)
-    return _keep_largest(mass_NV, largest_NK.gather(1, count_N1 - 1), count_N1)
+    return mass_NV * _stays(mass_NV, largest_NK.gather(1, count_N1 - 1), count_N1)
 
 
-def _keep_largest(mass_NV: Tensor, border_N1: Tensor, count_N1: Tensor) -> Tensor:
-    """Zeroes all but the `count` largest masses; `border` is the smallest that stays, lower ids first among equals."""
+def _stays(mass_NV: Tensor, border_N1: Tensor, count_N1: Tensor) -> Tensor:
+    """bool [N, V]: the `count` largest values; `border` is the smallest of them, lower ids first among equals."""
     stays_NV = mass_NV >= border_N1
     if bool((stays_NV.sum(-1, keepdim=True) > count_N1).any()):
         above_NV = mass_NV > border_N1
         room_N1 = count_N1 - above_NV.sum(-1, keepdim=True)
         equal_NV = mass_NV == border_N1
         stays_NV = above_NV | (equal_NV & (equal_NV.cumsum(-1) <= room_N1))
-    return mass_NV * stays_NV
+    return stays_NV

@@ -7,7 +7,7 @@ go is decided here, once for both.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,16 +24,19 @@ class Decoder(Protocol):
     """A model with a batch of rows in it, each at its own position.
 
     joins   whether rows may join a batch that is under way.
+    pads    whether prompts of different lengths are read together.
     """
 
     joins: bool
+    pads: bool
 
     def prefill_size(self, lengths: Sequence[int]) -> int:
         """How many of the next prompts (lengths in falling order) can be read together without padding that hurts."""
         ...
 
-    def prefill(self, prompts: Sequence[NDArray[np.int64]]) -> tuple[Any, Tensor]:
-        """Reads each prompt once. Returns what `join` starts rows from, and float32 [P, V] logits of the next token."""
+    def prefill(self, prompts: Sequence[Any]) -> tuple[Any, Tensor]:
+        """Reads each prompt once: int64 [T] ids, or what else the decoder takes as a prompt. Returns what `join` starts
+        rows from, and float32 [P, V] logits of the next token."""
         ...
 
     def join(self, prefilled: Any, prompt_n: list[int]) -> None:
@@ -49,9 +52,7 @@ class Decoder(Protocol):
         ...
 
 
-def write(
-    decoder: Decoder, prompts: Sequence[NDArray[np.int64]], answers: Answers, *, samples: int, slots: int
-) -> None:
+def write(decoder: Decoder, prompts: Sequence[Sized], answers: Answers, *, samples: int, slots: int) -> None:
     """Writes `samples` answers to every prompt into `answers`: rollout n answers prompt n // samples.
 
     Long prompts go first: prompts read together are then of similar length, and the batch shrinks at the end. A prompt

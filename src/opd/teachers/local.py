@@ -1,14 +1,14 @@
-"""A teacher in this process: a frozen model that reads the student's answers, response positions only.
+"""A scorer in this process: a frozen model that reads answers, response positions only.
 
-The teacher reads the prompt in its own format and the answer's own ids, with end tokens exchanged where the two formats
-end differently. Nothing is computed before a micro-batch pulls it, and nothing is kept after.
+It reads the prompt in its own format and context, and the answer's own ids, with end tokens exchanged where the two
+formats end differently. Nothing is computed before a micro-batch pulls it, and nothing is kept after.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,140 +19,180 @@ from opd.models.causal import CausalLM
 from opd.models.padding import pad
 from opd.models.sanity import next_token_logits
 from opd.objectives.head import head_logits
+from opd.teachers.residence import Residence, Resident
 from opd.text.agreement import Agreement
 from opd.text.formats import PromptFormat
-from opd.types import Batch, Head, Prompt, Resolution, Rollout, ScorerRows
+from opd.types import Batch, Head, Prompt, Rollout, ScorerRows, Want
 
 
 class LocalTeacher:
-    """Implements `opd.protocols.Teacher`.
+    """Implements `opd.protocols.Teacher` for one scorer; `opd.teachers.panel` joins several.
 
-    temperature   divides the teacher's logits before the softmax (objective.teacher_temperature).
-    offload       "cpu" keeps the weights in host memory between updates.
+    model         a model that stays where it is, or a residence that brings it and lets it go. It is there from the
+                  beginning until `check` or `release`.
+    temperature   divides its logits before the softmax.
+    chunk_tokens  tokens whose logits exist at the same time where single log-probabilities are asked for.
     """
 
     def __init__(
         self,
-        model: CausalLM,
+        model: CausalLM | Residence,
         fmt: PromptFormat,
         agreement: Agreement,
         *,
         name: str,
         temperature: float,
         chunk_tokens: int,
-        offload: Literal["none", "cpu"] = "none",
     ) -> None:
         self.name = name
-        self.model = model
         self.format = fmt
         self.agreement = agreement
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
-        self.fingerprint = self.fingerprint_now()
-        self._home = model.device
-        self._offload = offload == "cpu" and self._home.type != "cpu"
-        self._copied: Head | None = None
-        self._order_V = _order(agreement, self._home)
-        self.release()
+        self._residence: Residence = Resident(model) if isinstance(model, CausalLM) else model
+        first = self._residence.fetch()
+        self.vocab_size, self.parameter_count = first.vocab_size, first.parameter_count
+        self.fingerprint = self._fingerprint(first)
+        self._copied: tuple[Any, Head] | None = None
+        self._order_V = _order(agreement, self._residence.device)
+
+    @property
+    def model(self) -> CausalLM:
+        """The model on its device; brings it there, until `release`."""
+        return self._residence.fetch()
 
     def fingerprint_now(self) -> str:
-        """Of weights, tokenizer, template and temperature as they are at this moment."""
-        return f"{self.model.fingerprint()}-{self.format.fingerprint[:8]}-T{self.temperature:g}"
+        """Of weights, tokenizer, template, context and temperature as they are at this moment."""
+        return self._fingerprint(self.model)
+
+    def _fingerprint(self, model: CausalLM) -> str:
+        return f"{model.fingerprint()}-{self.format.fingerprint[:8]}-T{self.temperature:g}"
 
     def evidence(self, rollouts_N: Sequence[Rollout]) -> LocalEvidence:
-        """A lazy handle on what this teacher thinks of these rollouts."""
-        self.fetch()
-        return LocalEvidence(self, {r.prompt.id: r.prompt for r in rollouts_N})
+        """A lazy handle on what this scorer thinks of these rollouts."""
+        return LocalEvidence(self)
 
     def fetch(self) -> None:
         """Comes to its device, until `release`."""
-        self.model.module.to(self._home)
+        self._residence.fetch()
 
     def release(self) -> None:
         """Leaves the device, when it was asked to."""
-        if self._offload:
-            self.model.module.to("cpu")
+        self._copied = None
+        self._residence.release()
 
     @property
     def head(self) -> Head:
-        """The output layer over the student's vocabulary, end tokens exchanged."""
+        """The output layer over the student's vocabulary, end tokens exchanged; no gradient reaches it."""
         head = self.model.head
-        return Head(head.weight_VD, head.vocab_size, head.bias_V, head.scale, head.softcap, self._order_V)
+        bias_V = None if head.bias_V is None else head.bias_V.detach()
+        return Head(head.weight_VD.detach(), head.vocab_size, bias_V, head.scale, head.softcap, self._order_V)
 
     def head_on(self, device: torch.device) -> Head:
-        """The head where the student's tiles are made; copied once when that is another device."""
+        """The head where the student's tiles are made; copied once until `release` when that is another device."""
         head = self.head
         if device == head.weight_VD.device:
             return head
-        if self._copied is None or self._copied.weight_VD.device != device:
+        if self._copied is None or self._copied[0] != device:
             moved = [None if x is None else x.to(device) for x in (head.weight_VD, head.bias_V, head.order_V)]
             assert moved[0] is not None
-            self._copied = Head(moved[0], head.vocab_size, moved[1], head.scale, head.softcap, moved[2])
-        return self._copied
+            self._copied = device, Head(moved[0], head.vocab_size, moved[1], head.scale, head.softcap, moved[2])
+        return self._copied[1]
 
     @torch.no_grad()
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ModelError when the teacher is NaN or knows nothing: caught before anything expensive starts."""
-        self.fetch()
-        logits_NV = next_token_logits(self.model, self.head, [self.format.prompt_ids(p.row) for p in prompts])
-        self.release()
+        """Raises ModelError when the scorer is NaN or knows nothing: caught before anything expensive starts."""
+        name = self.model.name
+        try:
+            logits_NV = next_token_logits(self.model, self.head, [self.format.prompt_ids(p.row) for p in prompts])
+        finally:
+            self.release()
         logq_NV = torch.log_softmax(logits_NV / self.temperature, -1)
         entropy = -(logq_NV.exp() * logq_NV).sum(-1).mean().item()
-        highest = math.log(self.head.vocab_size)
+        highest = math.log(self.vocab_size)
         if entropy > 0.999 * highest:
             raise ModelError(
-                f"{self.model.name} is uniform: the entropy of its next token is {entropy:.3f} nats of at most "
+                f"{name} is uniform: the entropy of its next token is {entropy:.3f} nats of at most "
                 f"{highest:.3f} on your first prompts. Its weights were probably not loaded; there is nothing to learn."
             )
 
 
 class LocalEvidence:
-    """Evidence of a local teacher on one step's rollouts."""
+    """Evidence of one scorer on one step's rollouts."""
 
-    def __init__(self, teacher: LocalTeacher, prompts: dict[str, Prompt]) -> None:
+    def __init__(self, teacher: LocalTeacher) -> None:
         self._teacher = teacher
-        self._prompt_ids: dict[str, NDArray[np.int64]] = {
-            key: teacher.format.prompt_ids(prompt.row) for key, prompt in prompts.items()
-        }
+        self._prompt_ids: dict[str, NDArray[np.int64]] = {}
+        self._lengths: list[int] = []
+
+    def pull(self, batch: Batch, wants: Mapping[str, Want]) -> list[ScorerRows]:
+        """Nothing where the scorer is not wanted; else its rows, see `read`."""
+        want = wants.get(self._teacher.name)
+        rows = None if want is None else self.read(batch, want)
+        return [] if rows is None else [rows]
+
+    def lengths(self) -> Mapping[str, Sequence[int]]:
+        """The scorer's name to the lengths of all sequences, prompt and answer, that it has read so far."""
+        return {self._teacher.name: self._lengths}
 
     @torch.no_grad()
-    def pull(self, batch: Batch, resolution: Resolution) -> dict[str, ScorerRows]:
-        """One forward pass over the micro-batch; "sampled" keeps a number per token, "full" the hidden states."""
-        teacher = self._teacher
-        model, device = teacher.model, teacher.model.device
-        prompts = [self._prompt_ids[r.prompt.id] for r in batch.rollouts]
-        answers = [teacher.agreement.teacher_ids(r.response_ids) for r in batch.rollouts]
-        ids_NS, attention_NS, positions_NS = pad(
-            [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)], device=device
-        )
-        first_N = np.array([len(p) - 1 for p in prompts])
-        columns = [np.arange(f, f + len(a)) for f, a in zip(first_N, answers, strict=True)]
-        rows = [np.full(len(a), n) for n, a in enumerate(answers)]
-        row_T, column_T = (torch.from_numpy(np.concatenate(x)).to(device) for x in (rows, columns))
-        hidden_TD = model.hidden(ids_NS, attention_NS, positions_NS)[row_T, column_T]
-        target = batch.token_T.device
-        if resolution == "full":
-            finite_T = torch.isfinite(hidden_TD).all(-1)
-            scored = ScorerRows(
+    def read(self, batch: Batch, want: Want) -> ScorerRows | None:
+        """One forward pass over the wanted rollouts of the micro-batch, in its order; None where there is none.
+
+        "sampled" keeps a number for every token, "full" the hidden states.
+        """
+        wanted = [(n, r) for n, r in enumerate(batch.rollouts) if r.id in want.rollouts and len(r.response_ids)]
+        if not wanted:
+            return None
+        teacher, model = self._teacher, self._teacher.model
+        device, target = model.device, batch.token_T.device
+        index_T = None
+        if len(wanted) < len(batch.rollouts):
+            read_N = torch.zeros(len(batch.rollouts), dtype=torch.bool, device=target)
+            read_N[torch.tensor([n for n, _ in wanted], device=target)] = True
+            index_T = read_N[batch.row_T].nonzero()[:, 0]
+        token_T = batch.token_T if index_T is None else batch.token_T[index_T]
+        hidden_TD = self._hidden(model, [r for _, r in wanted])
+        if want.resolution == "full":
+            return ScorerRows(
                 name=teacher.name,
-                valid_T=finite_T.to(target),
+                valid_T=torch.isfinite(hidden_TD).all(-1).to(target),
                 temperature=teacher.temperature,
                 hidden_TD=hidden_TD.to(target),
                 head=teacher.head_on(target),
+                index_T=index_T,
             )
-        else:
-            logprobs_T = self._sampled(hidden_TD, batch.token_T.to(device)).to(target)
-            finite_T = torch.isfinite(logprobs_T)
-            scored = ScorerRows(
-                name=teacher.name, valid_T=finite_T, temperature=teacher.temperature, logprobs_T=logprobs_T
-            )
-        return {teacher.name: scored}
+        logprobs_T = self._sampled(hidden_TD, token_T.to(device)).to(target)
+        return ScorerRows(
+            name=teacher.name,
+            valid_T=torch.isfinite(logprobs_T),
+            temperature=teacher.temperature,
+            logprobs_T=logprobs_T,
+            index_T=index_T,
+        )
 
     def release(self) -> None:
         self._teacher.release()
 
+    def _hidden(self, model: CausalLM, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        """[T, D]: the states that predict the tokens of these answers, one after the other."""
+        prompts = [self._prompt(r.prompt) for r in rollouts]
+        answers = [self._teacher.agreement.teacher_ids(r.response_ids) for r in rollouts]
+        sequences = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
+        self._lengths += [len(sequence) for sequence in sequences]
+        ids_NS, attention_NS, positions_NS = pad(sequences, device=model.device)
+        columns = [np.arange(len(p) - 1, len(p) - 1 + len(a)) for p, a in zip(prompts, answers, strict=True)]
+        rows = [np.full(len(a), n) for n, a in enumerate(answers)]
+        row_T, column_T = (torch.from_numpy(np.concatenate(x)).to(model.device) for x in (rows, columns))
+        return model.hidden(ids_NS, attention_NS, positions_NS)[row_T, column_T]
+
+    def _prompt(self, prompt: Prompt) -> NDArray[np.int64]:
+        if prompt.id not in self._prompt_ids:
+            self._prompt_ids[prompt.id] = self._teacher.format.prompt_ids(prompt.row)
+        return self._prompt_ids[prompt.id]
+
     def _sampled(self, hidden_TD: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
-        """float32 [T]: the teacher's log-probability of every drawn token, a chunk of logits at a time."""
+        """float32 [T]: the log-probability of every drawn token, a chunk of logits at a time."""
         teacher = self._teacher
         pieces = []
         for hidden_CD, token_C in zip(

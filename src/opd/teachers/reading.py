@@ -21,7 +21,7 @@ from opd.text.agreement import compare
 from opd.text.formats import PromptFormat
 from opd.text.pieces import piece_alone, pieces
 from opd.text.tokenizer import Tokenizer
-from opd.types import Batch, Rollout, ScorerRows
+from opd.types import Batch, Rollout, ScorerRows, Want
 
 # About the tokens of one reader: [T] `logprobs`, `entropy`, a teacher's `reverse_kl` when there is a student; [T, K]
 # `ids` and `top`, the K most likely tokens and their log-probabilities.
@@ -72,9 +72,11 @@ def read_answers(
         for name in order:
             stack.callback(readers[name].release)
             evidence[name] = readers[name].evidence(rollouts_N)
+        marks = {name: readers[name].fingerprint_now() for name in order}
         for group in plan([r for r in rollouts_N if len(r.response_ids)], tokens_per_micro_batch):
             batch = pack(group, device=first.model.device)
-            scored = {name: evidence[name].pull(batch, "full")[readers[name].name] for name in order}
+            want = Want("full", frozenset(r.id for r in group))
+            scored = {name: evidence[name].read(batch, want) for name in order}
             for name, columns in _read(batch, scored, student, top_k, first.chunk_tokens).items():
                 read |= {(rollout_id, name): rows for rollout_id, rows in _by_rollout(batch, columns)}
     answers = []
@@ -90,14 +92,14 @@ def read_answers(
         "step": step,
         "student": student,
         "teachers": teachers,
-        "readers": {name: {"model": models[name], "fingerprint": readers[name].fingerprint_now()} for name in order},
+        "readers": {name: {"model": models[name], "fingerprint": marks[name]} for name in order},
         "texts": {str(number): piece_alone(tokenizer, number) for number in sorted(shown)},
         "answers": answers,
     }
 
 
 def _read(
-    batch: Batch, scored: Mapping[str, ScorerRows], student: str | None, top_k: int, chunk_tokens: int
+    batch: Batch, scored: Mapping[str, ScorerRows | None], student: str | None, top_k: int, chunk_tokens: int
 ) -> dict[str, Columns]:
     """What each reader says about the tokens of one micro-batch, a chunk of logits at a time."""
     parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in scored}
@@ -118,9 +120,9 @@ def _read(
     }
 
 
-def _log_probabilities(rows: ScorerRows, chunk: slice) -> Tensor:
+def _log_probabilities(rows: ScorerRows | None, chunk: slice) -> Tensor:
     """[C, V] under the scorer's temperature; rows that are not valid are NaN."""
-    assert rows.hidden_TD is not None and rows.head is not None
+    assert rows is not None and rows.hidden_TD is not None and rows.head is not None
     log_CV = head_logits(rows.hidden_TD[chunk], rows.head).div_(rows.temperature).log_softmax(-1)
     log_CV[~rows.valid_T[chunk]] = torch.nan
     return log_CV

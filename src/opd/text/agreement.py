@@ -77,17 +77,17 @@ def compare(student: PromptFormat, teacher: PromptFormat) -> Agreement:
     return replace(agreement, notes=_notes(student, teacher, agreement))
 
 
-def rendered_difference(student: PromptFormat, teacher: PromptFormat, row: Row) -> str:
+def rendered_difference(student: PromptFormat, teacher: PromptFormat, row: Row, *, name: str = "teacher") -> str:
     """What each model reads for `row`, and the lines in which that differs, for a person to look at."""
     texts, parts = [], []
-    for who, fmt in (("student", student), ("teacher", teacher)):
+    for who, fmt in (("student", student), (name, teacher)):
         text = fmt.show(row)
         texts.append(text)
         parts += [f"--- {who} reads ({fmt.kind}, {len(fmt.prompt_ids(row))} tokens)", text]
     if texts[0] == texts[1]:
         return "\n".join([*parts, "--- difference: none, both read the same prompt"])
     lines = difflib.ndiff(texts[0].splitlines(), texts[1].splitlines())
-    return "\n".join([*parts, "--- difference (- student, + teacher)", *(line.rstrip("\n") for line in lines)])
+    return "\n".join([*parts, f"--- difference (- student, + {name})", *(line.rstrip("\n") for line in lines)])
 
 
 def _same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:

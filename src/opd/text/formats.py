@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opd.errors import DataError, ModelError
+from opd.text.contexts import PromptContext
 from opd.text.tokenizer import Tokenizer
 from opd.types import Message, Row
 
@@ -39,13 +40,24 @@ class PromptFormat:
     end_ids  tokens that end an answer. The first is primary: it closes the completions of data. From the format's
              `end_tokens`, else the model's generation config, else the tokenizer's EOS; of several ends, the one that
              the chat template closes an answer with comes first.
+    context  what prompts are made of besides the row's own; only scorers have one.
 
     Data cannot produce special tokens, nor the turn markers of the model's template: their text is read as text.
     ModelError when the format does not fit the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, fmt: Format, generation_end_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        fmt: Format,
+        generation_end_ids: Sequence[int] = (),
+        context: PromptContext | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.context = context or PromptContext()
+        self._own_format = fmt
+        if self.context.system_prompt is not None:
+            fmt = replace(fmt, system_prompt=self.context.system_prompt)
         self.format = fmt
         has_template = bool(tokenizer.hf.chat_template)
         self.kind: Literal["chat", "plain"] = ("chat" if has_template else "plain") if fmt.kind == "auto" else fmt.kind
@@ -56,12 +68,17 @@ class PromptFormat:
         self._guard = tokenizer.guard(self._markers() if self.kind == "chat" else frozenset())
         self.end_ids = self._ends(generation_end_ids)
 
+    def without_context(self) -> PromptFormat:
+        """The same format for a model that reads the row's own prompt."""
+        return PromptFormat(self.tokenizer, self._own_format, self.end_ids)
+
     def prompt_ids(self, row: Row) -> NDArray[np.int64]:
         """int64 [T]: what the model reads before it answers, with exactly one BOS where the model has one.
 
         A row of raw text (empty prompt) starts with BOS, or without one with the primary end token, so that its first
-        token can be predicted. DataError when the row does not fit the format.
+        token can be predicted. DataError when the row does not fit the format, or lacks a column of the context.
         """
+        row = self.context.row(row)
         if row.prompt == "":
             if row.completion is None:
                 raise DataError(f"row {row.id}: the prompt is empty and there is no completion")
@@ -99,8 +116,10 @@ class PromptFormat:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of all that decides the ids of a row: tokenizer, template, format, end tokens."""
+        """sha256 of all that decides the ids of a row: tokenizer, template, format, end tokens, context."""
         parts = [self.tokenizer.fingerprint, self.tokenizer.hf.chat_template, asdict(self.format), self.end_ids]
+        if self.context != PromptContext():
+            parts.append(asdict(self.context))
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
@@ -144,6 +163,9 @@ class PromptFormat:
                 raise DataError(f"row {row.id}: the role {turn['role']!r} is none of {', '.join(ROLES)}")
         if self.format.system_prompt is not None and turns[0]["role"] not in ("system", "developer"):
             turns.insert(0, {"role": "system", "content": self.format.system_prompt})
+        elif self.context.system_prompt is not None:
+            text = f"{self.context.system_prompt}\n\n{turns[0]['content']}"
+            turns[0] = {"role": turns[0]["role"], "content": text}
         if completion is not None:
             turns.append({"role": "assistant", "content": completion})
         hidden: list[Message] = [{"role": t["role"], "content": self._guard.hide(t["content"])} for t in turns]

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from opd.config.schema import Config, Evals, Model, Sampling, Task
+import numpy as np
+
+from opd.config.reads import writing_scorers
+from opd.config.schema import Config, Evals, Model, Sampling, Scorer, Task
+from opd.config.scorers import all_scorers, examined, loaded_as, option_of
 from opd.costs.size import ModelSize, model_size
 from opd.errors import BadInput, DataError, ModelError, OpdError
 from opd.evals.tasks import EvalTask
 from opd.grading.graders import check_rows, make_grader
 from opd.models.loading import check_loadable, generation_end_ids, read_config, tokenizer_source
+from opd.objectives.objective import gate_scorers, target_scorers
 from opd.prompts.mixture import PromptStream
 from opd.prompts.sources import read_source
 from opd.protocols import Grader
 from opd.text.agreement import Agreement, compare
+from opd.text.contexts import PromptContext
 from opd.text.formats import Format, PromptFormat
 from opd.text.tokenizer import load_tokenizer
-from opd.types import Prompt, Row, SamplingParams
+from opd.types import Prompt, Rollout, Row, SamplingParams
+from opd.wiring.writing import needs_completions, one_answer
 
 
 @dataclass(frozen=True)
 class Texts:
-    """How student and teacher read and end: known before any weights are loaded."""
+    """How the student and every scorer read and end: known before any weights are loaded.
+
+    scorers     by name, each with its own context.
+    agreements  of every scorer with the student.
+    """
 
     student: PromptFormat
-    teacher: PromptFormat | None
-    agreement: Agreement | None
+    scorers: Mapping[str, PromptFormat]
+    agreements: Mapping[str, Agreement]
+
+    @property
+    def notes(self) -> list[str]:
+        """What fits well enough to run but is worth a look; a note says whose where there are several scorers."""
+        several = len(self.scorers) > 1
+        return [
+            f"{name}: {n}" if several else n for name, agreement in self.agreements.items() for n in agreement.notes
+        ]
 
 
 def load_format(spec: Model, role: str) -> PromptFormat:
@@ -35,16 +54,26 @@ def load_format(spec: Model, role: str) -> PromptFormat:
     check_loadable(spec, role)
     source, revision = tokenizer_source(spec)
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=spec.trust_remote_code)
-    return PromptFormat(tokenizer, Format(**spec.format.model_dump()), generation_end_ids(spec, role))
+    context = PromptContext(**spec.context.model_dump()) if isinstance(spec, Scorer) else None
+    return PromptFormat(tokenizer, Format(**spec.format.model_dump()), generation_end_ids(spec, role), context)
 
 
 def load_texts(config: Config) -> Texts:
-    """Both formats and what they agree on; raises ModelError when the two cannot read each other."""
+    """All formats and what they agree on; raises ModelError when a scorer and the student cannot read each other."""
     student = load_format(config.student, "student")
-    if config.teacher is None:
-        return Texts(student, None, None)
-    teacher = load_format(config.teacher, "teacher")
-    return Texts(student, teacher, compare(student, teacher))
+    formats, agreements = {}, {}
+    for name, scorer in all_scorers(config).items():
+        formats[name] = load_format(loaded_as(config, scorer), scorer_role(config, name))
+        try:
+            agreements[name] = compare(student, formats[name])
+        except ModelError as error:
+            raise error if name == "teacher" else ModelError(f"{option_of(config, name)}: {error}") from error
+    return Texts(student, formats, agreements)
+
+
+def scorer_role(config: Config, name: str) -> str:
+    """How messages call the model of a scorer: by the option that names its weights."""
+    return option_of(config, name) if all_scorers(config)[name].weights == "model" else "student"
 
 
 def sampling_params(spec: Sampling, fmt: PromptFormat, *, samples: int | None = None) -> SamplingParams:
@@ -65,7 +94,7 @@ def sampling_params(spec: Sampling, fmt: PromptFormat, *, samples: int | None = 
 
 def training_params(config: Config, texts: Texts) -> SamplingParams:
     """How the answers of a step come about; a row of data has one answer, whatever the config says."""
-    samples = 1 if config.objective.behaviour == "dataset" else None
+    samples = 1 if one_answer(config) else None
     return sampling_params(config.sampling, texts.student, samples=samples)
 
 
@@ -84,7 +113,7 @@ def load_prompts(config: Config, fmt: PromptFormat) -> PromptStream:
             max_prompt_tokens=spec.max_prompt_tokens,
             shuffle=spec.shuffle,
             seed=spec.seed,
-            need_completion=config.objective.behaviour == "dataset",
+            need_completion=needs_completions(config),
         )
 
 
@@ -99,7 +128,7 @@ def _named(option: str) -> Iterator[None]:
 
 def cut_answers(config: Config, prompts: PromptStream) -> str | None:
     """A sentence about answers of the data that are longer than the limit; None where none is cut."""
-    if config.objective.behaviour != "dataset":
+    if not needs_completions(config):
         return None
     lengths = [len(p.completion_ids) for p in prompts.prompts() if p.completion_ids is not None]
     limit = config.sampling.max_tokens
@@ -169,15 +198,57 @@ def load_tasks(evals: Evals) -> list[PreparedTask]:
     return tasks
 
 
+def read_prompts(config: Config, prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
+    """Scorer to the prompts whose answers it reads or writes in training; DataError when a prompt has no route.
+
+    A scorer that is there for nothing is not among them.
+    """
+    found: dict[str, list[Prompt]] = {}
+    assert config.objective.behaviour is not None
+    writing = writing_scorers(config.objective.behaviour)
+    for prompt in prompts:
+        names = set(writing)
+        for term in config.objective.terms:
+            if not term.domains or prompt.domain in term.domains:
+                names |= target_scorers(term, _unwritten(prompt)) | gate_scorers(term)
+        for name in names:
+            found.setdefault(name, []).append(prompt)
+    return {name: found[name] for name in all_scorers(config) if name in found}
+
+
+def _unwritten(prompt: Prompt) -> Rollout:
+    """An answer of no tokens: what reads it depends on its row alone."""
+    return Rollout(
+        id=prompt.id,
+        prompt=prompt,
+        response_ids=np.empty(0, np.int64),
+        behaviour_logprobs=np.empty(0, np.float32),
+        mask=np.empty(0, np.bool_),
+        policy_version=0,
+        behaviour="student",
+        finish_reason="stop",
+    )
+
+
+def exam_format(fmt: PromptFormat) -> PromptFormat:
+    """A scorer's format for held-out tasks: with its context where that needs no column, else without; the solution
+    that it sees in training is no part of an exam."""
+    return fmt if not fmt.context.columns else fmt.without_context()
+
+
 def check_context(config: Config, texts: Texts, prompts: PromptStream, tasks: Sequence[PreparedTask]) -> None:
-    """Raises BadInput when a prompt and its answer cannot fit into a model's positions."""
+    """Raises BadInput when a prompt and its answer cannot fit into a model's positions, DataError when a scorer's
+    context needs a column that a row does not have, or a row has no scorer."""
     limit = config.sampling.max_tokens
+    scorers = all_scorers(config)
     _fits("student", config.student, prompts.longest, limit, "sampling.max_tokens")
-    if texts.teacher is not None and config.teacher is not None:
-        longest = _longest((prompt.row for prompt in prompts.prompts()), texts.teacher)
-        _fits("teacher", config.teacher, longest, limit, "sampling.max_tokens")
-        if config.evals.teacher:
-            check_task_context(config, "teacher", config.teacher, texts.teacher, tasks)
+    for name, read in read_prompts(config, prompts.prompts()).items():
+        longest = _longest((prompt.row for prompt in read), texts.scorers[name])
+        spec, role = loaded_as(config, scorers[name]), scorer_role(config, name)
+        _fits(role, spec, longest, limit, "sampling.max_tokens", who=name)
+    if name := examined(config):
+        fmt = exam_format(texts.scorers[name])
+        check_task_context(config, scorer_role(config, name), scorers[name], fmt, tasks)
     check_task_context(config, "student", config.student, texts.student, tasks)
 
 
@@ -191,12 +262,14 @@ def check_task_context(
         _fits(role, model, longest, (task.spec.sampling or config.sampling).max_tokens, option)
 
 
-def _fits(role: str, model: Model, prompt_tokens: int, max_tokens: int, option: str) -> None:
+def _fits(role: str, model: Model, prompt_tokens: int, max_tokens: int, option: str, who: str | None = None) -> None:
     positions = getattr(read_config(model, role).get_text_config(), "max_position_embeddings", None)
     if positions is not None and prompt_tokens + max_tokens > positions:
+        reader = "" if who is None or role == who else f" as {who} reads it"
         raise BadInput(
-            f"{role}.model: {model.model} has {positions} positions, but the longest prompt ({prompt_tokens} tokens) "
-            f"plus {option} = {max_tokens} needs {prompt_tokens + max_tokens}: lower {option} or drop long prompts."
+            f"{role}.model: {model.model} has {positions} positions, but the longest prompt{reader} ({prompt_tokens} "
+            f"tokens) plus {option} = {max_tokens} needs {prompt_tokens + max_tokens}: lower {option} or drop long "
+            "prompts."
         )
 
 

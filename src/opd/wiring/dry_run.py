@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
-from opd.config.objective import Term
-from opd.config.schema import Config, Model, Student, Teacher
+from opd.config.behaviours import Mixture, writers
+from opd.config.objective import DataTerm, OutcomeTerm, Term
+from opd.config.presets import as_line
+from opd.config.reads import TEACHER, writing_scorers
+from opd.config.schema import Config, Model, Scorer, Student
+from opd.config.scorers import COPIED, all_scorers, loaded_as
+from opd.config.slots import Sampled, TopK, Weighting
 from opd.costs.memory import available_memory, training_memory
 from opd.journal.folder import check as check_folder
 from opd.journal.folder import holds_results
 from opd.models.loading import adapter_targets, pick_device, pick_dtype, read_config
 from opd.prompts.mixture import PromptStream
-from opd.reports.figures import count, counted
+from opd.reports.figures import count, counted, percent
+from opd.reports.objective import shape_in_words, target_in_words
 from opd.reports.progress import say
 from opd.reports.table import memory
 from opd.text.agreement import rendered_difference
@@ -26,7 +32,11 @@ from opd.wiring.build import (
     load_prompts,
     load_tasks,
     load_texts,
+    read_prompts,
+    scorer_role,
 )
+from opd.wiring.scorers import called
+from opd.wiring.writing import check_writers, make_rewards, one_answer
 
 
 def dry_run(config: Config, console: Console | None = None) -> None:
@@ -37,6 +47,9 @@ def dry_run(config: Config, console: Console | None = None) -> None:
     tasks = load_tasks(config.evals)
     try:
         check_context(config, texts, prompts, tasks)
+        check_writers(config, prompts, texts.student)
+        if rewards := make_rewards(config, prompts, texts.student):
+            rewards.close()
     finally:
         for task in tasks:
             task.grader.close()
@@ -49,9 +62,9 @@ def dry_run(config: Config, console: Console | None = None) -> None:
         ("models", _models(config)),
         ("text", _texts(texts)),
         ("prompts", _prompts(config, prompts)),
-        ("objective", [_term(term) for term in config.objective.terms]),
+        ("objective", _objective(config)),
         ("evals", [_task(task) for task in tasks] or ["none"]),
-        ("the first prompt", _first_prompt(texts, prompts)),
+        ("the first prompt", _first_prompt(texts, prompts, config)),
     ]
     for title, lines in sections:
         say(console, title, "bold")
@@ -68,21 +81,36 @@ def _task(task: PreparedTask) -> str:
 
 
 def _models(config: Config) -> list[str]:
-    lines = []
-    for role, spec in (("student", config.student), ("teacher", config.teacher)):
-        if spec is None:
-            continue
-        device = pick_device(spec.device)
-        size = config_size(spec, role)
-        architecture = (read_config(spec, role).architectures or ["?"])[0]
-        if isinstance(spec, Teacher) and spec.adapter_off:
-            lines.append(f"{role}  the student with its adapter off: no weights of its own")
-            continue
-        lines.append(
-            f"{role}  {spec.model}  {architecture}, about {count(size.parameters)} parameters, "
-            f"{_stored(spec)} weights, {_dtype(spec)} compute, on {device}"
-        )
+    lines = [_model("student", config.student, "student")]
+    for name, scorer in all_scorers(config).items():
+        if scorer.weights == "model":
+            lines.append(_model(name, scorer, scorer_role(config, name)))
+        else:
+            lines.append(f"{name}  {called(scorer)}: {_own_memory(config, scorer)}")
     return lines if config.student.lora is None else [*lines, *_adapter(config.student, config.student.lora.rank)]
+
+
+def _model(name: str, spec: Student | Scorer, role: str) -> str:
+    size = config_size(spec, role)
+    architecture = (read_config(spec, role).architectures or ["?"])[0]
+    return (
+        f"{name}  {spec.model}  {architecture}, about {count(size.parameters)} parameters, {_stored(spec)} weights, "
+        f"{_dtype(spec)} compute, on {pick_device(spec.device)}"
+    )
+
+
+def _own_memory(config: Config, scorer: Scorer) -> str:
+    if scorer.weights in COPIED:
+        return "a float32 copy of its adapter" if config.student.lora is not None else "a float32 copy of its weights"
+    if _shares(config, scorer):
+        return "no weights of its own"
+    return f"loaded once more, {_stored(loaded_as(config, scorer))} weights"
+
+
+def _shares(config: Config, scorer: Scorer) -> bool:
+    """Whether a scorer reads with the parameters of the student alone."""
+    adapted = config.student.lora is not None
+    return scorer.weights in ("student", "adapter_off") or (scorer.weights == "initial" and adapted)
 
 
 def _adapter(student: Student, rank: int) -> list[str]:
@@ -101,13 +129,14 @@ def _adapter(student: Student, rank: int) -> list[str]:
 
 def _texts(texts: Texts) -> list[str]:
     lines = [f"student: {_format(texts.student)}"]
-    if texts.teacher is not None and texts.agreement is not None:
-        lines.append(f"teacher: {_format(texts.teacher)}")
-        for ours, theirs in texts.agreement.end_map:
+    for name, fmt in texts.scorers.items():
+        reads = "" if not fmt.context.columns else f", with {', '.join(fmt.context.columns)} in its prompt"
+        lines.append(f"{name}: {_format(fmt)}{reads}")
+        for ours, theirs in texts.agreements[name].end_map:
             tokens = texts.student.tokenizer.tokens
-            lines.append(f"the teacher reads the student's end {tokens[ours]!r} as its own {tokens[theirs]!r}")
-        lines += texts.agreement.notes
-    return lines
+            who = "the teacher" if name == TEACHER else name
+            lines.append(f"{who} reads the student's end {tokens[ours]!r} as its own {tokens[theirs]!r}")
+    return lines + texts.notes
 
 
 def _format(fmt: PromptFormat) -> str:
@@ -122,39 +151,76 @@ def _prompts(config: Config, prompts: PromptStream) -> list[str]:
         for name, count in prompts.dropped.items()
         if count
     ]
-    samples = 1 if config.objective.behaviour == "dataset" else config.sampling.samples_per_prompt
+    samples = 1 if one_answer(config) else config.sampling.samples_per_prompt
     answers = config.prompts.per_step * samples
     lines.append(
         f"a step: {counted(config.prompts.per_step, 'prompt')} x {counted(samples, 'answer')} = {answers}, "
         f"at most {answers * config.sampling.max_tokens:,} tokens; {counted(config.run.steps, 'step')}"
     )
+    read = read_prompts(config, prompts.prompts())
+    lines += [f"{name} is asked about {counted(len(asked), 'prompt')} of them" for name, asked in read.items()]
     cut = cut_answers(config, prompts)
     return lines if cut is None else [*lines, cut]
 
 
+def _objective(config: Config) -> list[str]:
+    behaviour = config.objective.behaviour
+    assert behaviour is not None, "the preset is not expanded"
+    names = {kind: name for name, kind in writing_scorers(behaviour).items()}
+    who = [w.kind + (f" ({names[w.kind]})" if w.kind in names else "") for w in writers(behaviour)]
+    if isinstance(behaviour, Mixture):
+        unit = "batches" if behaviour.per == "batch" else "prompts"
+        who = [f"{name} {percent(part.share)} of {unit}" for name, part in zip(who, behaviour.of, strict=True)]
+    lines = [f"answers are written by: {', '.join(who)}", *map(_term, config.objective.terms)]
+    return lines if config.rewards is None else [*lines, f"rewards: {config.rewards.grader.kind} grader"]
+
+
 def _term(term: Term) -> str:
-    start = f"{term.name}: {term.coefficient:g} x"
-    if term.target == "data":
-        return f"{start} cross-entropy on the data's own answers, {term.reduction}"
-    if term.support == "full":
-        return f"{start} {term.shape.formula} on the whole vocabulary, {term.reduction}"
-    weights = "" if term.importance == "none" else ", weighted by student / sampler"
-    return (
-        f"{start} {term.shape.formula} on the drawn token, log-ratio under the {term.advantage_under}{weights}, "
-        f"{term.reduction}"
-    )
+    size = as_line(term.coefficient)
+    reads = [f" of {', '.join(term.domains)}" if term.domains else ""]
+    reads.append(f" by {', '.join(term.written_by)}" if term.written_by else "")
+    end = f"{term.reduction}, answers{''.join(reads)}" if any(reads) else term.reduction
+    start = f"{term.name}: {size} x"
+    if isinstance(term, DataTerm):
+        return f"{start} cross-entropy on answers that somebody else wrote, {end}"
+    if isinstance(term, OutcomeTerm):
+        return f"{start} policy gradient of the reward ({term.advantage}), {_weights(term.importance)}, {end}"
+    target = target_in_words(term.target.model_dump())
+    if isinstance(term.support, TopK):
+        where = f"on {term.support.kind} {term.support.k}, tail {term.support.tail}"
+    elif isinstance(term.support, Sampled):
+        where = f"on the drawn token, log-ratio under the {term.advantage_under}"
+    else:
+        where = "on the whole vocabulary"
+    weights = "" if term.importance.kind == "none" else f", {_weights(term.importance)}"
+    return f"{start} {shape_in_words(term.shape.model_dump())}, target = {target}, {where}{weights}, {end}"
+
+
+def _weights(importance: Weighting) -> str:
+    numbers = [f"{name} {value:g}" for name, value in importance.model_dump().items() if isinstance(value, float)]
+    if importance.kind == "none":
+        return "no weights"
+    return f"weights {importance.kind}" + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
     """What the student's device must hold, and what it has."""
-    student, teacher = config.student, config.teacher
+    student = config.student
     device = pick_device(student.device)
-    together = teacher is not None and not teacher.adapter_off and pick_device(teacher.device) == device
+    scorers, copies = {}, []
+    for name, scorer in all_scorers(config).items():
+        spec = loaded_as(config, scorer)
+        if pick_device(spec.device) != device or _shares(config, scorer):
+            continue
+        if scorer.weights in COPIED:
+            copies.append(name)
+        else:
+            scorers[name] = config_size(spec, scorer_role(config, name)), _stored(spec)
     parts = training_memory(
         config_size(student, "student"),
-        config_size(teacher, "teacher") if teacher is not None and together else None,
+        scorers,
         student_dtype=_dtype(student),
-        teacher_dtype="float32" if teacher is None else _stored(teacher),
+        copies=copies,
         tokens_per_micro_batch=config.learner.tokens_per_micro_batch,
         chunk_tokens=config.learner.chunk_tokens,
         slots=min(config.engine.slots, config.prompts.per_step * config.sampling.samples_per_prompt),
@@ -172,12 +238,12 @@ def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
         say(
             console,
             "lower learner.tokens_per_micro_batch, engine.slots or sampling.max_tokens, set "
-            "student.gradient_checkpointing=true or teacher.offload=cpu, or train an adapter (student.lora={})",
+            "student.gradient_checkpointing=true or a scorer's offload, or train an adapter (student.lora={})",
             "yellow",
         )
 
 
-def _stored(spec: Student | Teacher) -> str:
+def _stored(spec: Student | Scorer) -> str:
     """What the weights are kept in: what is trained in float32, what is only read in fewer bits."""
     if isinstance(spec, Student) and spec.lora is None:
         return "float32"
@@ -188,8 +254,18 @@ def _dtype(spec: Model) -> str:
     return str(pick_dtype(spec.dtype, pick_device(spec.device))).removeprefix("torch.")
 
 
-def _first_prompt(texts: Texts, prompts: PromptStream) -> list[str]:
-    row = prompts.batch(0)[0].row
-    if texts.teacher is None:
-        return texts.student.show(row).splitlines()
-    return rendered_difference(texts.student, texts.teacher, row).splitlines()
+def _first_prompt(texts: Texts, prompts: PromptStream, config: Config) -> list[str]:
+    """What the student reads, and every scorer that is asked about it."""
+    first = prompts.batch(0)[0]
+    readers = read_prompts(config, [first])
+    if not readers:
+        return texts.student.show(first.row).splitlines()
+    ours = texts.student.show(first.row)
+    lines: list[str] = []
+    for name in readers:
+        theirs = texts.scorers[name]
+        if lines and theirs.show(first.row) == ours:
+            lines.append(f"--- {name} reads the same as the student")
+        else:
+            lines += rendered_difference(texts.student, theirs, first.row, name=name).splitlines()
+    return lines

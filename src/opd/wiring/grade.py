@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import warnings
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from opd.config.loading import load_config
-from opd.config.schema import Columns, Config, Model, Teacher
+from opd.config.schema import Columns, Config, Model, Scorer, Student
 from opd.errors import BadInput, ConfigError, DataError, ModelError
 from opd.journal.atomic import write_atomic
 from opd.journal.graded import GradedRecord
@@ -26,6 +27,7 @@ from opd.models.sanity import next_token_logits
 from opd.reports.progress import RunView
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reading import read_answers, writer
+from opd.teachers.residence import resident
 from opd.text.agreement import Agreement, compare
 from opd.text.formats import PromptFormat
 from opd.types import Prompt, Rollout, Row
@@ -92,7 +94,7 @@ def grade(
             readers,
             student=STUDENT if student is not None else None,
             tokenizer=reading.first.tokenizer,
-            models={name: spec.model for name, spec in asked.specs.items()},
+            models={name: str(spec.model) for name, spec in asked.specs.items()},
             top_k=top_k,
             tokens_per_micro_batch=asked.config.learner.tokens_per_micro_batch,
             title=found.name,
@@ -117,7 +119,7 @@ def grade(
 class _Asked:
     """specs: reader to its model, the student first. config: where batch sizes and threads are read from."""
 
-    specs: dict[str, Model]
+    specs: dict[str, Student | Scorer]
     config: Config
     columns: Columns | None
 
@@ -155,7 +157,7 @@ def _asked(
         for name, model in named.items()
     }
     first = next(iter(configs.values()))
-    specs: dict[str, Model] = {} if student is None else {STUDENT: first.student}
+    specs: dict[str, Student | Scorer] = {} if student is None else {STUDENT: first.student}
     for name, config in configs.items():
         assert config.teacher is not None
         specs[name] = config.teacher
@@ -334,20 +336,20 @@ def _load(asked: _Asked, reading: _Reading) -> dict[str, LocalTeacher]:
     prompts = [rollout.prompt for rollout in reading.rollouts_N[:4]]
     readers = {}
     for name, spec in asked.specs.items():
-        model, fmt = load_frozen(spec, size, role=name), reading.formats[name]
+        fmt, load = reading.formats[name], functools.partial(load_frozen, spec, size, role=name)
         if name == STUDENT:
+            model = load()
             next_token_logits(model, model.head, [prompt.ids for prompt in prompts])
             readers[name] = writer(model, fmt, chunk_tokens=chunk)
             continue
-        assert isinstance(spec, Teacher)
+        assert isinstance(spec, Scorer)
         readers[name] = LocalTeacher(
-            model,
+            resident(load, spec.offload),
             fmt,
             reading.agreements[name],
             name=name,
             temperature=1.0,
             chunk_tokens=chunk,
-            offload=spec.offload,
         )
         readers[name].check(prompts)
     return readers

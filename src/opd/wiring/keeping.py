@@ -16,6 +16,7 @@ from opd.journal.folder import RunFolder
 from opd.learner.learner import LocalLearner
 from opd.learner.state import load_state, save_state, state_bytes
 from opd.wiring.exams import Exams
+from opd.wiring.scorers import Scorers
 
 BEST_MARK = "opd.json"  # inside best/: which step it is
 
@@ -31,12 +32,14 @@ class Keeping:
         config: Config,
         folder: RunFolder,
         learner: LocalLearner,
+        scorers: Scorers,
         ledger: Ledger,
         save_model: Callable[[Path], None],
     ) -> None:
         self._spec = config.checkpoints
         self._last_step = config.run.steps
         self._folder, self._learner, self._ledger, self._save_model = folder, learner, ledger, save_model
+        self._scorers = scorers
         self._checkpoints = Checkpoints(folder.checkpoints)
         self._written = time.monotonic()
         self._newest: int | None = None
@@ -61,12 +64,16 @@ class Keeping:
             self._folder.sync()
             self._checkpoints.write(
                 step,
-                lambda folder: save_state(self._learner, folder),
+                self._fill,
                 {**facts, "ledger": self._ledger.state()},
-                needed_bytes=state_bytes(self._learner),
+                needed_bytes=state_bytes(self._learner) + self._scorers.state_bytes,
             )
             self._checkpoints.retain(self._spec.keep)
         self._newest, self._written = step, time.monotonic()
+
+    def _fill(self, folder: Path) -> None:
+        save_state(self._learner, folder)
+        self._scorers.save(folder)
 
     def best(self, exams: Exams) -> None:
         """Keeps the student as it is now when it does best on the first task, the untrained student included."""
@@ -80,8 +87,9 @@ class Keeping:
         self._best = step
 
     def restore(self, found: Found) -> Mapping[str, Any]:
-        """Puts learner and ledger where the checkpoint left them; returns the facts it was written with."""
+        """Puts learner, scorers and ledger where the checkpoint left them; returns the facts it was written with."""
         load_state(self._learner, found.path)
+        self._scorers.load(found.path)
         self._ledger.go_on_from(found.facts["ledger"])
         self._newest = found.step
         kept = self._best_step()  # a later one is of steps that are done again, perhaps with other options

@@ -13,9 +13,13 @@ from rich.console import Console
 import opd
 from opd.config.loading import load_config
 from opd.config.schema import Config
+from opd.config.scorers import COPIED, all_scorers
 from opd.costs.ledger import Ledger
+from opd.errors import ConfigError
 from opd.journal.folder import check as check_folder
 from opd.journal.reader import read_summary
+from opd.loop.rewards import AnswerRewards
+from opd.objectives.kernels.choice import check_kernel
 from opd.reports.progress import RunView
 from opd.reports.table import results
 from opd.reports.trackers import check_tracker
@@ -30,6 +34,7 @@ from opd.wiring.build import (
 )
 from opd.wiring.session import Run, Session, report
 from opd.wiring.starting import begin, changes, existing, finished, stored
+from opd.wiring.writing import check_writers, make_rewards
 
 Rows = Sequence[str | Mapping[str, Any] | Sequence[Mapping[str, str]]]
 
@@ -55,6 +60,11 @@ def distill(
     """
     given: dict[str, Any] = dict(overrides)
     for key, value in (("student", student), ("teacher", teacher)):
+        if isinstance(value, Mapping) and set(value) & {"student", "prompts", "objective"}:
+            raise ConfigError(
+                f"{key}: this is a whole config ({', '.join(map(str, value))}). Give it as opd.distill(**config), or "
+                "name its file: opd.distill(config=path)"
+            )
         if value is not None:
             given[key] = {"model": str(value)} if isinstance(value, str | Path) else dict(value)
     if isinstance(given.get("objective"), str):
@@ -92,24 +102,33 @@ def execute(config: Config, *, console: Console | None = None) -> Run:
         with ledger.seconds("prepare"):
             check_folder(config.run.folder, existing=how, config=config.model_dump(mode="json"))
             check_tracker(config.tracking)
+            check_kernel(config.learner.kernel)
             texts = load_texts(config)
             prompts = load_prompts(config, texts.student)
             tasks = load_tasks(config.evals)
+        rewards: AnswerRewards | None = None
         try:
             check_context(config, texts, prompts, tasks)
+            check_writers(config, prompts, texts.student)
+            rewards = make_rewards(config, prompts, texts.student)
             params = training_params(config, texts)
             start = begin(config, how, environment(config), needed_bytes(config))
             with start.folder, view:
-                return Session(config, texts, prompts, tasks, params, start, view, ledger, stopping).run()
+                return Session(config, texts, prompts, tasks, params, rewards, start, view, ledger, stopping).run()
         finally:
             for task in tasks:
                 task.grader.close()
+            if rewards is not None:
+                rewards.close()
 
 
 def needed_bytes(config: Config) -> int:
-    """What a run writes besides its journal: checkpoints (a parameter and its two moments each) and the student."""
+    """What a run writes besides its journal: checkpoints (a parameter, its two moments and the copies that scorers keep
+    of it) and the student."""
     parameters = config_size(config.student, "student").parameters
-    checkpoints = 0 if config.student.lora is not None else (config.checkpoints.keep + 1) * 12
+    copies = sum(scorer.weights in COPIED for scorer in all_scorers(config).values())
+    each = 12 + 4 * copies
+    checkpoints = 0 if config.student.lora is not None else (config.checkpoints.keep + 1) * each
     return (checkpoints + 4) * parameters
 
 

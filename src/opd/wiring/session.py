@@ -9,37 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import opd
+from opd.config.behaviours import Speculative, TeacherMixed, TeacherWrites, writers
 from opd.config.loading import config_hash, resolved
 from opd.config.schema import Config
+from opd.config.scorers import all_scorers, examined
 from opd.costs.ledger import Ledger
 from opd.errors import Interrupted, OpdError, OutOfSpace, ServiceUnavailable
 from opd.journal.reader import read_evals
 from opd.journal.records import Status, summary_record
 from opd.learner.learner import LocalLearner
+from opd.loop.rewards import AnswerRewards
 from opd.loop.synchronous import Listener, Rooms, train
-from opd.models.adapters import adapter_notes, adapter_off_view, untrained_targets
+from opd.models.adapters import adapter_notes, untrained_targets
 from opd.models.causal import CausalLM
-from opd.models.loading import load_student, load_teacher, saved_dtype
+from opd.models.loading import load_student, saved_dtype
 from opd.models.sanity import next_token_logits
 from opd.models.saving import export_form, recover, save_model
 from opd.objectives.objective import Objective
-from opd.protocols import Sampler
 from opd.reports.figures import counted
 from opd.reports.model_card import model_card
 from opd.reports.progress import RunView
 from opd.reports.table import results
 from opd.reports.trackers import Tracker, open_tracker
-from opd.rollouts.dataset import DatasetAnswers
 from opd.rollouts.engine import EmbeddedEngine
 from opd.stopping import Stopping
-from opd.teachers.local import LocalTeacher
 from opd.types import Rollout, SamplingParams, StepReport
 from opd.wiring.alarms import Alarms
-from opd.wiring.build import PreparedTask, Texts, config_size, cut_answers
+from opd.wiring.build import PreparedTask, Texts, config_size, cut_answers, exam_format, read_prompts
 from opd.wiring.exams import Exams, interval
 from opd.wiring.keeping import Keeping
+from opd.wiring.scorers import Scorers, called
 from opd.wiring.starting import Start, same_run
 from opd.wiring.viewing import Viewing
+from opd.wiring.writing import make_sampler
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Session:
         prompts: Any,
         tasks: list[PreparedTask],
         params: SamplingParams,
+        rewards: AnswerRewards | None,
         start: Start,
         view: RunView,
         ledger: Ledger,
@@ -73,7 +76,7 @@ class Session:
     ) -> None:
         self.config, self.texts, self.prompts, self.tasks = config, texts, prompts, tasks
         self.params, self.start, self.folder, self.view, self.ledger = params, start, start.folder, view, ledger
-        self.stopping = stopping
+        self.rewards, self.stopping = rewards, stopping
         self.trained_tokens = 0
         self.stopped_by: str | None = None
         done = 0 if start.found is None else start.found.step
@@ -82,6 +85,7 @@ class Session:
         with ledger.seconds("load"):
             self._load()
             self._take_up()
+        self._updates = self.learner.updates
         self.tracker: Tracker = open_tracker(
             config.tracking,
             run_folder=self.folder.path,
@@ -94,25 +98,13 @@ class Session:
 
     def _load(self) -> None:
         config, texts = self.config, self.texts
-        vocab_size = texts.student.tokenizer.vocab_size if texts.agreement is None else texts.agreement.vocab_size
-        self.student = load_student(config.student, vocab_size)
+        self.student = load_student(config.student, texts.student.tokenizer.vocab_size)
         first = self.prompts.batch(0)[:4]
         next_token_logits(self.student, self.student.head, [prompt.ids for prompt in first])
         self.engine = self._engine(self.student)
-        self.teacher: LocalTeacher | None = None
-        if config.teacher is not None and texts.teacher is not None and texts.agreement is not None:
-            shared = config.teacher.adapter_off
-            self.teacher = LocalTeacher(
-                adapter_off_view(self.student) if shared else load_teacher(config.teacher, vocab_size),
-                texts.teacher,
-                texts.agreement,
-                name="teacher",
-                temperature=config.objective.teacher_temperature,
-                chunk_tokens=config.learner.chunk_tokens,
-                offload=config.teacher.offload,
-            )
-            self.teacher.check(first)
-        self.objective = Objective(config.objective)
+        self.scorers = Scorers(config, texts, self.student, read_prompts(config, self.prompts.prompts()))
+        self.sampler = make_sampler(config, self.engine, self.scorers.panel.members)
+        self.objective = Objective(config.objective, special_ids=texts.student.tokenizer.special_ids)
         self.learner = LocalLearner(
             self.student,
             self.objective,
@@ -123,8 +115,9 @@ class Session:
             before_change=self._before_change,
             on_less=functools.partial(self._note, "out_of_memory"),
         )
-        for note in adapter_notes(self.student):
-            self.view.message(note)
+        for note in (*adapter_notes(self.student), *self.scorers.notes(), self.learner.kernel.note):
+            if note is not None:
+                self.view.message(note)
 
     def _take_up(self) -> None:
         """Goes back to the checkpoint, and takes out of the record what came after it."""
@@ -132,16 +125,18 @@ class Session:
         identity = {
             "data": self.prompts.fingerprint,
             "student": self.student.fingerprint(),
-            "teacher": None if self.teacher is None else self.teacher.fingerprint,
+            "scorers": self.scorers.fingerprints(),
         }
         same_run(start, identity)
-        self.keeping = Keeping(self.config, folder, self.learner, self.ledger, self._save_model)
+        self.keeping = Keeping(self.config, folder, self.learner, self.scorers, self.ledger, self._save_model)
         if start.resumes:
             self._resume()
         if start.identity is None:
-            folder.log_event(0, "start", "the run begins", **identity)
+            folder.log_event(0, "start", "the run begins", **identity, kernel=self.learner.kernel.name)
         self.exams = Exams(self.config, self.tasks, folder, self.view, self.ledger, read_evals(folder.path))
-        self.viewing = Viewing(self.config, self.texts, self.prompts, self.tasks, folder, self.teacher, self.student)
+        self.viewing = Viewing(self.config, self.texts, self.prompts, self.tasks, folder, self.scorers, self.student)
+        if start.identity is None and (note := self.viewing.note()) is not None:
+            self._note("view", note)
         self.alarms = Alarms(self.config, folder, self.view, self.student.vocab_size, start.events)
 
     def _resume(self) -> None:
@@ -170,7 +165,7 @@ class Session:
         try:
             self._heed()
             self._evaluate(0)
-            self._evaluate_teacher()
+            self._evaluate_scorer()
             train(
                 self._rooms(),
                 steps=self.config.run.steps,
@@ -193,8 +188,9 @@ class Session:
         bad, most = self.learner.bad_in_a_row, self.config.learner.max_bad_steps
         if bad >= most:
             raise OpdError(
-                f"the last {counted(bad, 'update')} had a non-finite loss or gradient (learner.max_bad_steps = {most}) "
-                f"and no step is left of run.steps = {self.config.run.steps}. Lower optim.lr and ask for more steps."
+                f"the last {counted(bad, 'update')} had a non-finite loss or gradient, or nothing to train "
+                f"(learner.max_bad_steps = {most}), and no step is left of run.steps = {self.config.run.steps}. Lower "
+                "optim.lr and ask for more steps."
             )
 
     def _end(self, status: Status, error: Exception | None) -> Run:
@@ -239,22 +235,25 @@ class Session:
 
     def _rooms(self) -> Rooms:
         config = self.config
-        sampler: Sampler = DatasetAnswers() if config.objective.behaviour == "dataset" else self.engine
-        reads_teacher = self.objective.resolution is not None
+        assert config.objective.behaviour is not None, "the preset is not expanded"
         return Rooms(
             prompts=self.prompts,
-            sampler=sampler,
-            teacher=self.teacher if reads_teacher else None,
+            sampler=self.sampler,
+            teacher=self.scorers.panel if self.scorers.panel.members else None,
             learner=self.learner,
             params=self.params,
+            rewards=self.rewards,
+            horizon=config.sampling.horizon,
             student_size=config_size(config.student, "student", self.student.parameter_count),
-            teacher_size=(
-                config_size(config.teacher, "teacher", self.teacher.model.parameter_count)
-                if reads_teacher and self.teacher is not None and config.teacher is not None
-                else None
-            ),
+            scorer_sizes=self.scorers.sizes(),
+            writers={
+                writer.kind: writer.scorer
+                for writer in writers(config.objective.behaviour)
+                if isinstance(writer, TeacherWrites | TeacherMixed | Speculative)
+            },
             trainable=self.student.trainable_count if config.student.lora is not None else None,
             updates_per_batch=config.learner.updates_per_batch,
+            looks=self.objective.looks == "step",
         )
 
     # ---- during a step -------------------------------------------------------------------------------------------
@@ -269,9 +268,13 @@ class Session:
     def _on_step(self, report: StepReport, rollouts_N: Sequence[Rollout], numbers: dict[str, float]) -> None:
         spent = self.ledger.seconds_by_phase
         busy = sum(spent.get(phase, 0.0) for phase in ("rollout", "scoring", "update", "sync"))
+        self.scorers.after_update(report.step, applied=self.learner.updates > self._updates)
+        self._updates = self.learner.updates
         self.trained_tokens += int(numbers["trained_tokens"])
         numbers |= {**self.ledger.metrics(), "tokens_per_second": self.trained_tokens / max(busy, 1e-9)}
-        numbers |= self._teacher_facts(report.step)
+        spec = self.config.guards.changed_teacher
+        if spec.action != "off" and report.step % spec.every == 0:
+            numbers |= self.scorers.changed()
         line = {"step": report.step, **numbers, "applied": report.applied}
         self.folder.log_step(report.step, self.learner.weights().version, {**numbers, "applied": report.applied})
         with self.ledger.seconds("journal"):
@@ -288,13 +291,6 @@ class Session:
         if self.alarms.stop is not None:
             raise Interrupted(f"{self.alarms.stop} (guards; to go on: opd resume {self.folder.path})")
 
-    def _teacher_facts(self, step: int) -> dict[str, float]:
-        """Whether the teacher still is the one of the first step, every so often."""
-        spec = self.config.guards.changed_teacher
-        if self.teacher is None or self.objective.resolution is None or spec.action == "off" or step % spec.every:
-            return {}
-        return {"teacher_fingerprint_changed": float(self.teacher.fingerprint_now() != self.teacher.fingerprint)}
-
     def _look(self, step: int) -> None:
         """Evaluations and views that are due after a step; the last step's come after the loop."""
         every = self.config.evals.every
@@ -303,6 +299,7 @@ class Session:
         if self.viewing.due(step):
             self.view.phase("view")
             self.engine.load(self.learner.weights())
+            self.engine.progress = None
             with self.ledger.seconds("view"):
                 self.viewing.take(step, self.engine)
 
@@ -310,14 +307,15 @@ class Session:
         """A part of a step begins; a rollout also says how many answers are written."""
         self.view.phase(name)
         answers = self.config.prompts.per_step * self.params.samples_per_prompt
-        self.engine.progress = functools.partial(self._written, name, answers)
+        self.sampler.progress = functools.partial(self._written, name, answers)
 
     def _written(self, name: str, answers: int, done: int) -> None:
         self.view.phase(name, done, answers)
 
     def _bad_step(self, step: int, facts: dict[str, Any]) -> None:
-        self.folder.dump(step, "not-finite", facts)
-        self.folder.log_event(step, "bad_step", "the loss or the gradient was not finite: the step was skipped")
+        why = facts.get("why", "the loss or the gradient was not finite")
+        self.folder.dump(step, "nothing-to-train" if "why" in facts else "not-finite", facts)
+        self.folder.log_event(step, "bad_step", f"{why}: the step was skipped")
 
     def _note(self, kind: Any, message: str) -> None:
         """Something worth knowing: a line that stays on the terminal, and in the record."""
@@ -333,15 +331,16 @@ class Session:
             self.exams.take(self.engine, self.texts.student, who="student", step=step)
         self.keeping.best(self.exams)
 
-    def _evaluate_teacher(self) -> None:
-        teacher, fmt = self.teacher, self.texts.teacher
-        if teacher is None or fmt is None or not self.config.evals.teacher or not self.exams.missing(0, "teacher"):
+    def _evaluate_scorer(self) -> None:
+        """The goal to reach: what the teacher scores."""
+        name = examined(self.config)
+        if name is None or not self.exams.missing(0, "teacher"):
             return
-        teacher.fetch()
+        scorer = self.scorers.panel.members[name]
         try:
-            self.exams.take(self._engine(teacher.model), fmt, who="teacher", step=0)
+            self.exams.take(self._engine(scorer.model), exam_format(scorer.format), who="teacher", step=0)
         finally:
-            teacher.release()
+            scorer.release()
 
     # ---- the result ----------------------------------------------------------------------------------------------
 
@@ -394,11 +393,11 @@ class Session:
 
     def _headline(self) -> list[str]:
         config = self.config
-        teacher = "no teacher" if config.teacher is None else config.teacher.model
+        scorers = [f"{name} {called(scorer)}" for name, scorer in all_scorers(config).items()]
         terms = " + ".join(t.name for t in config.objective.terms)
         lines = [
             f"student {config.student.model}",
-            f"teacher {teacher}",
+            *(scorers or ["no teacher"]),
             f"objective {config.objective.preset or terms}",
             f"{counted(len(self.prompts), 'prompt')}, {config.prompts.per_step} a step",
             f"folder {self.folder.path}",
@@ -406,7 +405,7 @@ class Session:
         limit = config.prompts.max_prompt_tokens
         dropped = [(name, n) for name, n in self.prompts.dropped.items() if n]
         lines += [f"{name}: {counted(n, 'prompt')} dropped, longer than {limit} tokens" for name, n in dropped]
-        notes = [] if self.texts.agreement is None else [*self.texts.agreement.notes]
+        notes = self.texts.notes
         if cut := cut_answers(config, self.prompts):
             notes.append(cut)
         return lines + [f"note: {note}" for note in notes]

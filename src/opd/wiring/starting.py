@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from opd.config.loading import CHANGEABLE, config_hash, differences, load_config, resolved
+from opd.config.loading import changeable, config_hash, differences, load_config, resolved
 from opd.config.problems import shown
 from opd.config.schema import Config
 from opd.config.schema_walk import value_at
@@ -21,7 +21,7 @@ from opd.journal.lock import is_run_folder
 from opd.journal.reader import read_config, read_environment, read_events, read_summary
 from opd.reports.progress import say
 
-IDENTITY = ("data", "student", "teacher")  # what must not change under a run; fingerprints in its start event
+IDENTITY = ("data", "student", "scorers")  # what must not change under a run; fingerprints in its start event
 MACHINE = ("opd", "torch", "transformers", "threads", "cpu_capability", "cuda")
 
 
@@ -68,7 +68,7 @@ def stored(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: the run was killed before it wrote its config; start it again with opd train")
     for item in overrides:
         option, _, value = item.removeprefix("--").partition("=")
-        if not _changeable(option):
+        if not changeable(option):
             raise _fixed(path, option, value_at(config, tuple(option.split("."))), value)
     here = [f"run.folder={path}", "run.existing=resume"]
     return load_config([], [*overrides, *here], base=config).config
@@ -89,14 +89,10 @@ def changes(config: Config) -> dict[str, tuple[Any, Any]]:
         return {}
     changed = differences(before, resolved(config))
     for option, (old, new) in changed.items():
-        if not _changeable(option):
+        if not changeable(option):
             raise _fixed(folder, option, old, shown(new))
     quiet = ("run.folder", "run.existing")
     return {option: pair for option, pair in changed.items() if option not in quiet}
-
-
-def _changeable(option: str) -> bool:
-    return any(option.startswith(may) if may.endswith(".") else option == may for may in CHANGEABLE)
 
 
 def _fixed(folder: str | Path, option: str, old: Any, new: str) -> ConfigError:
@@ -173,14 +169,28 @@ def _check_place(config: Config, folder: RunFolder, newest: Found | Nothing) -> 
 
 def same_run(start: Start, now: Mapping[str, Any]) -> None:
     """ConfigError when data or models are not those that the run began with."""
-    names = {
-        "data": ("the training prompts", "prompts and the files they name"),
-        "student": ("the student's first weights", "student.model"),
-        "teacher": ("the teacher", "teacher.model"),
-    }
-    for key, (what, option) in names.items():
-        if start.identity is not None and start.identity[key] != now[key]:
+    if start.identity is None:
+        return
+    then, scorers = start.identity, start.identity["scorers"] or {}
+    named = [
+        ("the training prompts", "prompts and the files they name", then["data"], now["data"]),
+        ("the student's first weights", "student.model", then["student"], now["student"]),
+        *(
+            (_scorer(name), _weights_of(name), scorers.get(name), now["scorers"].get(name))
+            for name in sorted({*scorers, *now["scorers"]})
+        ),
+    ]
+    for what, option, before, found in named:
+        if before != found:
             raise ConfigError(
-                f"{start.folder.path}: {what} changed since the run began (fingerprint {start.identity[key]} then, "
-                f"{now[key]} now). Put back what was there ({option}), or start another run."
+                f"{start.folder.path}: {what} changed since the run began (fingerprint {before} then, {found} now). "
+                f"Put back what was there ({option}), or start another run."
             )
+
+
+def _scorer(name: str) -> str:
+    return "the teacher" if name == "teacher" else f"the scorer {name}"
+
+
+def _weights_of(name: str) -> str:
+    return "teacher.model" if name == "teacher" else f"scorers.{name}.model"

@@ -1,4 +1,4 @@
-"""Views: now and then a few answers of the student, every token of them read by student and teacher.
+"""Views: now and then a few answers of the student, every token of them read by student and scorers.
 
 The same prompts with the same noise every time, so that two views show what training changed.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opd.config.schema import Config
+from opd.errors import DataError
 from opd.journal.folder import RunFolder
 from opd.journal.reader import read_views
 from opd.models.causal import CausalLM
@@ -20,10 +21,15 @@ from opd.teachers.reading import read_answers
 from opd.text.agreement import compare
 from opd.types import Prompt, Rollout, SamplingParams
 from opd.wiring.build import PreparedTask, Texts, sampling_params
+from opd.wiring.scorers import Scorers
 
 
 class Viewing:
-    """Takes views of held-out problems, with their grades, or of training prompts where there are no tasks."""
+    """Takes views of held-out problems, with their grades, or of training prompts where there are no tasks.
+
+    left_out   scorer to the reason why it cannot read the prompts of a view: a held-out problem may lack the columns
+               of its context.
+    """
 
     def __init__(
         self,
@@ -32,25 +38,26 @@ class Viewing:
         prompts: PromptStream,
         tasks: Sequence[PreparedTask],
         folder: RunFolder,
-        teacher: LocalTeacher | None,
+        scorers: Scorers,
         student: CausalLM,
     ) -> None:
         self._config, self._texts, self._prompts, self._folder = config, texts, prompts, folder
         self._task = tasks[0] if tasks else None
-        self._teacher, self._student = teacher, student
+        self._scorers, self._student = scorers, student
+        self.left_out: dict[str, str] = {}
+        self._readers = self._who_can_read() if config.views.answers else {}
         self._taken = {step for step, _ in read_views(folder.path)}
 
     def due(self, step: int) -> bool:
-        """Whether a view is wanted after `step` steps and has not been taken. Without a teacher there is none."""
+        """Whether a view is wanted after `step` steps and has not been taken. Without a scorer there is none."""
         spec = self._config.views
         last = self._config.run.steps
-        if self._teacher is None or not spec.answers or step in self._taken:
+        if not self._readers or not spec.answers or step in self._taken:
             return False
         return step in (0, last) or bool(spec.every and step % spec.every == 0)
 
     def take(self, step: int, sampler: Sampler) -> None:
         """Writes `views/step_....json` with the weights that `sampler` has now."""
-        assert self._teacher is not None
         config, fmt = self._config, self._texts.student
         prompts_P, params = self._asked()
         rollouts_N = sampler.generate(prompts_P, params, tag="view")
@@ -62,21 +69,42 @@ class Viewing:
             temperature=config.objective.student_temperature,
             chunk_tokens=config.learner.chunk_tokens,
         )
-        assert config.teacher is not None
         record = read_answers(
             rollouts_N,
-            {"student": own, "teacher": self._teacher},
+            {"student": own, **self._readers},
             student="student",
             tokenizer=fmt.tokenizer,
-            models={"student": config.student.model, "teacher": config.teacher.model},
+            models={"student": config.student.model, **self._scorers.models()},
             top_k=config.views.top_k,
             tokens_per_micro_batch=config.learner.tokens_per_micro_batch,
             title=f"after {step} steps" if step else "before training",
             step=step,
             scores=self._scores(rollouts_N),
         )
+        if self.left_out:
+            record["left_out"] = self.left_out
         self._folder.write_view(step, record)
         self._taken.add(step)
+
+    def note(self) -> str | None:
+        """A sentence about who is missing from the views; None where nobody is."""
+        if not self.left_out:
+            return None
+        who = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
+        return f"{'the views leave out' if self._readers else 'no views are taken, nobody can read them:'} {who}"
+
+    def _who_can_read(self) -> dict[str, LocalTeacher]:
+        """The scorers whose context can be made for all prompts of a view."""
+        readers, (prompts_P, _) = {}, self._asked()
+        for name, scorer in self._scorers.panel.members.items():
+            try:
+                for prompt in prompts_P:
+                    scorer.format.prompt_ids(prompt.row)
+            except DataError as error:
+                self.left_out[name] = str(error)
+                continue
+            readers[name] = scorer
+        return readers
 
     def _asked(self) -> tuple[list[Prompt], SamplingParams]:
         config, fmt = self._config, self._texts.student
