@@ -179,6 +179,12 @@ def test_a_section_that_one_run_lacks_is_shown_by_what_was_set_in_it(tmp_path: P
     assert not any("teachers" in caveat for caveat in both.caveats)
 
 
+def test_a_parameter_that_only_one_run_gives_is_a_difference() -> None:
+    runs = [config(**{"objective.preset": "exopd"} | more) for more in ({}, {"objective.parameters.scale": "1.5"})]
+    assert differences(runs) == [("objective.parameters.scale", ["-", "1.5"])]
+    assert differences([runs[1], runs[1]]) == []
+
+
 def test_an_option_of_one_run_only_and_a_run_without_config(tmp_path: Path) -> None:
     old = config() | {"gone": {"option": 3}}
     assert differences([old, config()]) == [("gone.option", ["3", "-"])]

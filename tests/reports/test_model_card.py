@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from opd.config.presets import PRESETS, expand
+from opd.config.presets import METHODS, PRESETS, expand
 from opd.config.schema import Config
 from opd.reports.model_card import code, escape, model_card, public_name
 from tests.journal.test_records import make_summary
@@ -28,9 +28,9 @@ def resolved(preset: str = "reverse_kl", student: str = "Qwen/Qwen3-0.6B", sourc
             "run": {"folder": "/home/someone/runs/a"},
         }
     ).model_dump(mode="json")
-    made = expand(preset, {})
+    made = expand(preset, METHODS[preset].example)
     terms = [term.model_dump(mode="json") for term in made.terms]
-    config["objective"] |= {"preset": preset, "behaviour": made.behaviour, "terms": terms}
+    config["objective"] |= {"preset": preset, "behaviour": made.behaviour.model_dump(mode="json"), "terms": terms}
     return config
 
 
@@ -55,7 +55,7 @@ def test_card_says_what_it_is_and_how_good():
         "| student before | 74.2 % | [70.2, 77.9] |",
         "| teacher | 99.0 % | [97.7, 99.6] |",
         "Gap to the teacher closed: 84 %",
-        "KL(student || teacher), over the whole vocabulary at every token",
+        "KL\\(student \\|\\| target\\) over the whole vocabulary",
         "`c0ffee`",
         "`train.jsonl`",
         "`open-r1/DAPO-Math-17k` (dataset, split `train`, revision `abc`, weight 2.0)",
@@ -100,14 +100,20 @@ def test_existing_relative_folder_is_a_path_though_it_looks_like_a_hub_name(tmp_
 def test_every_preset_is_put_in_words(preset):
     text = card(resolved(preset))
     words = {
-        "reverse_kl": "KL(student || teacher)",
-        "forward_kl": "KL(teacher || student)",
-        "jsd": "JSD(teacher, student) (beta 0.5, normalised False)",
+        "reverse_kl": "KL(student || target) over the whole vocabulary",
+        "forward_kl": "KL(target || student) over the whole vocabulary",
+        "jsd": "JSD(target, student) (beta 0.5, normalised false) over the whole vocabulary",
         "tml": "its log-ratio is taken under the sampler that wrote it, weighted by",
         "sft": "minimised on the answers of the data",
+        "seqkd": "minimised on a teacher's answers",
+        "mopd": "of the scorer that domain names (math: math_teacher, code: code_teacher)",
+        "sdpo": "over student top k 100 (bucket)",
+        "grpo": "policy gradient of the reward, advantage group",
     }
-    assert words[preset] in text
-    assert ("on-policy-distillation" in front_matter(text)["tags"]) == (preset != "sft")
+    assert words.get(preset, "- Objective: ") in text.replace("\\", "")
+    assert ("on-policy-distillation" in front_matter(text)["tags"]) == (
+        preset not in ("sft", "seqkd", "self_sft", "grpo")
+    )
 
 
 def test_S_6_hostile_values_stay_text():

@@ -40,6 +40,14 @@ def test_plain_lines_one_for_log_every_steps_and_one_for_the_last():
     assert re.fullmatch(rb"[\x20-\x7e\n]*", raw.getvalue()), "ASCII, no control codes"
 
 
+def test_a_reward_is_told_with_the_distance():
+    console, raw = plain_console()
+    with RunView(console=console) as view:
+        view.start(1)
+        view.step({"step": 1, "reverse_kl": 0.5, "reward_mean": 0.25})
+    assert "step 1/1  reverse KL 0.5  reward 0.25" in raw.getvalue().decode()
+
+
 def test_terminal_draws_bars_and_leaves_only_lines():
     console, raw = terminal()
     with RunView(console=console) as view:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -141,10 +141,32 @@ def test_only_changed_options_stand_first_and_everything_below(tmp_path: Path) -
     table = page[page.index("<h2>Config") : page.index("Every option")]
     names = [name.replace("<wbr>", "") for name in re.findall(r'mono name">(.*?)</td>', table)]
     assert "optim.lr" in names and "student.model" in names and "prompts.sources.0.kind" in names
-    assert not {"optim.eps", "run.steps", "objective.behaviour", "objective.terms.0.name"} & set(names)
+    assert not {"optim.eps", "run.steps", "objective.behaviour.kind", "objective.terms.0.name"} & set(names)
     whole = page[page.index("Every option") :]
     config_text = html.unescape(re.search(r"<pre>(.*?)</pre>", whole, re.DOTALL)[1])  # pyright: ignore
     assert json.loads(config_text) == config(**{"optim.lr": "3e-4"})
+
+
+def test_of_a_scorer_only_what_was_changed_stands_first(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"objective.preset": "exopd", "scorers.reference.offload": "cpu"}
+    path = make_run(tmp_path / "a", **options)
+    table = report(read_run(path)).partition("<h2>Config")[2].partition("Every option")[0]
+    names = [name.replace("<wbr>", "") for name in re.findall(r'mono name">(.*?)</td>', table)]
+    assert {"scorers.reference.weights", "scorers.reference.offload"} <= set(names)
+    assert not {"scorers", "scorers.reference", "scorers.reference.dtype"} & set(names)
+
+
+def test_a_reward_has_a_curve_and_its_anchor_is_no_teacher(tmp_path: Path) -> None:
+    def graded(step: int, line: dict) -> dict:
+        return {**line, "reward_mean": step / 30}
+
+    grpo: dict[str, Any] = {"objective.preset": "grpo", "teacher": "null", "rewards.grader.kind": "math"}
+    anchored = grpo | {"objective.parameters": "{kl: 0.01}"}
+    made = titles(make_run(tmp_path / "a", steps=9, change_line=graded, **anchored))
+    assert {"Reward", "Distance to the start"} <= set(made) and "Distance to the teacher" not in made
+    both: dict[str, Any] = {"objective.preset": "gkd_rl", "rewards.grader.kind": "math"}
+    made = titles(make_run(tmp_path / "b", steps=9, change_line=graded, **both))
+    assert {"Reward", "Distance to the teacher"} <= set(made) and "Distance to the start" not in made
 
 
 @pytest.mark.parametrize("case", ["rollouts", "steps", "hostile", "views"])
@@ -315,7 +337,7 @@ def test_events_of_every_kind_are_shown_in_words(tmp_path: Path) -> None:
     page = shown(report(read_run(make_run(tmp_path / "a", events=events))))
     table = page[page.index("Events") : page.index("Where time")]
     words = ["resumed", "changed on resume", "checkpoint passed over", "guard", "out of memory", "step skipped"]
-    words += ["adapter", "tracker", "ended early"]
+    words += ["adapter", "tracker", "token view", "ended early"]
     for i, (kind, word) in enumerate(zip(kinds, words, strict=True)):
         assert f"{i} {word} what {kind} says" in table
     assert "the run begins" not in table

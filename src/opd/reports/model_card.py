@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from opd.config.objective import FORMULAS
 from opd.reports.figures import closed, count, counted, duration, interval, percent
+from opd.reports.objective import formula, is_data, scorer_model, scorers
 from opd.reports.printable import printable
 
 LOAD = """```python
@@ -31,9 +31,18 @@ folder = "path/to/this/folder"
 model = AutoPeftModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```"""
+WRITERS = {
+    "student": "the student's own answers",
+    "dataset": "the answers of the data",
+    "teacher": "a teacher's answers",
+    "teacher_mixed": "answers that teacher and student wrote together, token by token",
+    "speculative": "the student's answers as a teacher accepted them, token by token",
+    "cached": "answers of an earlier run",
+}
 REDUCTIONS = {
     "token_mean": "averaged over all trained tokens of a step",
     "sequence_mean": "averaged over the answers of a step, each by its own mean over tokens",
+    "constant": "summed over the answers of a step, divided by their number times the most tokens one may have",
 }
 
 
@@ -52,10 +61,17 @@ def model_card(
     version   of opd
     form      what the folder holds: a whole model, or an adapter alone
     """
-    student, teacher, objective = config["student"], config.get("teacher"), config["objective"]
-    on_policy = objective.get("behaviour") != "dataset"
-    distilled = any(term.get("target") != "data" for term in objective["terms"])
-    tags = ["opd", *(["distillation"] if distilled else []), *(["on-policy-distillation"] if on_policy else [])]
+    student, objective = config["student"], config["objective"]
+    writers = _writers(objective)
+    on_policy = bool({"student", "teacher_mixed", "speculative"} & set(writers))
+    distilled = "teacher" in writers or any(
+        term.get("kind", "divergence") == "divergence" for term in objective["terms"]
+    )
+    tags = [
+        "opd",
+        *(["distillation"] if distilled else []),
+        *(["on-policy-distillation"] if on_policy and distilled else []),
+    ]
     front = {
         "library_name": "peft" if form == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
@@ -68,7 +84,7 @@ def model_card(
         f"# {escape(public_name(student['model']))}, {made}",
         f"Made with opd {escape(version)}.",
         "## Models",
-        "\n".join(_model("Student", student) + (_model("Teacher", teacher) if teacher else ["- Teacher: none"])),
+        "\n".join([*_model("Student", student), *(_scorers(config) or ["- Teacher: none"])]),
         "## Scores",
         _scores(summary),
         "## Training",
@@ -106,6 +122,22 @@ def _model(role: str, model: Mapping[str, Any]) -> list[str]:
     return [f"- {role}: {code(public_name(model['model']))}{revision}"]
 
 
+def _scorers(config: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, scorer in scorers(config).items():
+        role = "Teacher" if name == "teacher" else f"Scorer {code(name)}"
+        own = scorer.get("weights", "model") == "model"
+        lines += _model(role, scorer) if own else [f"- {role}: {scorer_model(scorer)}"]
+    return lines
+
+
+def _writers(objective: Mapping[str, Any]) -> list[str]:
+    """Kinds of those who wrote the answers."""
+    behaviour = objective.get("behaviour") or {}
+    kind = behaviour.get("kind", "student")
+    return [part["writer"]["kind"] for part in behaviour["of"]] if kind == "mixture" else [kind]
+
+
 def _scores(summary: Mapping[str, Any]) -> str:
     arms = (("student before", "student_before"), ("student after", "student_after"), ("teacher", "teacher"))
     scored = [(name, summary[key]) for name, key in arms if summary[key] is not None]
@@ -124,9 +156,10 @@ def _scores(summary: Mapping[str, Any]) -> str:
 
 def _training(summary: Mapping[str, Any], config: Mapping[str, Any], config_hash: str) -> list[str]:
     objective, prompts, sampling, optim = (config[key] for key in ("objective", "prompts", "sampling", "optim"))
-    on_policy = objective.get("behaviour") != "dataset"
+    writers = _writers(objective)
+    on_policy = writers != ["dataset"]
     preset = f"{code(objective['preset'])}, " if objective.get("preset") else ""
-    answers = "the student's own answers" if on_policy else "the answers of the data"
+    answers = " and ".join(dict.fromkeys(WRITERS.get(kind, kind) for kind in writers))
     lines = [f"- Objective: {preset}minimised on {answers}:", *(f"  - {_term(t)}" for t in objective["terms"])]
     heat = [f"{who} {objective[key]}" for who in ("student", "teacher") if objective[key := f"{who}_temperature"] != 1]
     if heat:
@@ -150,22 +183,27 @@ def _training(summary: Mapping[str, Any], config: Mapping[str, Any], config_hash
 
 
 def _term(term: Mapping[str, Any]) -> str:
-    shape = term["shape"]
-    if term["target"] == "data":
+    if is_data(term):
         what = "cross-entropy, minus the log-probability of every token of the answer"
+    elif term.get("kind") == "outcome":
+        what = f"policy gradient of the reward, advantage {escape(term['advantage'])}"
     else:
-        what = FORMULAS[shape["kind"]]
-        settings = [f"{escape(key)} {escape(value)}" for key, value in shape.items() if key != "kind"]
-        what += f" ({', '.join(settings)})" if settings else ""
-        if term["support"] == "full":
-            what += ", over the whole vocabulary at every token"
-        else:
-            under = "the sampler that wrote it" if term["advantage_under"] == "sampler" else "the student as it is"
-            what += f", estimated at the token that was drawn; its log-ratio is taken under {under}"
-            if term["importance"] == "ratio":
-                what += ", weighted by the student's probability over the sampler's"
-    share = "" if term["coefficient"] == 1 else f"{term['coefficient']} x "
+        what = escape(formula(term))
+        if term["support"]["kind"] == "sampled":
+            under = {"sampler": "the sampler that wrote it", "student": "the student as it is"}
+            under["proximal"] = "the student at the first update on its answer"
+            what += f"; its log-ratio is taken under {under[term['advantage_under']]}"
+    if (weights := (term.get("importance") or {"kind": "none"})["kind"]) != "none":
+        what += f", weighted by the student's probability over that at drawing ({escape(weights)})"
+    size = term["coefficient"]
+    share = "" if size == 1 else f"{_number(size)} x "
     return f"{share}{what}; {REDUCTIONS.get(term['reduction']) or code(term['reduction'])}"
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(value)
+    return f"({value['start']} to {value['end']} over {value['steps']} steps)"
 
 
 def _source(source: Mapping[str, Any]) -> str:

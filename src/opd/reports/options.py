@@ -49,7 +49,7 @@ def differences(configs: Sequence[Mapping[str, Any] | None]) -> list[tuple[str, 
             continue
         if any(other.startswith(f"{name}.") for other in names):  # a section that one run lacks: its options say it
             continue
-        if any(name not in one for one in flats) and name not in telling:
+        if any(name not in one for one in flats) and not any(f"{name}.".startswith(f"{t}.") for t in telling):
             continue
         if name.rpartition(".")[2] in PATHS:
             made.append((name, _shortened([as_text(value) for value in values])))
@@ -104,6 +104,9 @@ def _changed(value: Any, option: Option | None, path: KeyPath) -> Iterator[tuple
             default = _plain(field.get_default(call_default_factory=True, validated_data={}))
             if item != default or (key == "kind" and len(option.sections) > 1):
                 yield from _changed(item, Option(field.annotation, tuple(field.metadata)), (*path, key))
+    elif option is not None and option.values is not None and option.values.sections and isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _changed(item, option.values, (*path, key))
     elif option is not None and option.is_list and isinstance(value, list) and value:
         inner = option.child(0)
         if inner is None or not inner.sections:
@@ -131,8 +134,9 @@ def _without_expansion(options: dict[str, Any], config: Mapping[str, Any]) -> di
         own = expand(objective["preset"], objective.get("parameters") or {}).behaviour
     except (ConfigError, ValidationError):  # a preset that this version does not have
         own = None
-    said = {"objective.behaviour"} if objective.get("behaviour") == own else set()
-    return {k: v for k, v in options.items() if not k.startswith("objective.terms") and k not in said}
+    same = own is not None and objective.get("behaviour") == own.model_dump(mode="json")
+    said = ("objective.terms", "objective.behaviour") if same else ("objective.terms",)
+    return {name: value for name, value in options.items() if not name.startswith(said)}
 
 
 def _shortened(paths: Sequence[str]) -> list[str]:

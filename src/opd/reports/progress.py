@@ -84,10 +84,12 @@ class RunView:
 
     def step(self, line: Mapping[str, Any]) -> None:
         """One update is done. Reads `step` (how many are done, 1 after the first), `applied` (False: it was skipped),
-        `reverse_kl` or `loss`, `tokens_per_second`; any but the first may be missing."""
+        `reverse_kl` or `loss`, `reward_mean`, `tokens_per_second`; any but the first may be missing."""
         self._done = line["step"]
         name = next((key for key in HEADLINES if line.get(key) is not None), None)
         self._figures = f"{name.replace('_', ' ').replace('kl', 'KL')} {number(line[name])}" if name else ""
+        if (reward := line.get("reward_mean")) is not None:
+            self._figures = "  ".join(part for part in (self._figures, f"reward {number(reward)}") if part)
         rate = line.get("tokens_per_second")
         if rate is not None and math.isfinite(rate):
             self._figures += f"  {count(rate)} tokens/s"

@@ -65,7 +65,7 @@ def sample_answers(rows: Sequence[Mapping[str, Any]], *, most: int, size: int) -
         return ""
     parts = [
         "<section><h2>Sample answers</h2>",
-        '<p class="note">What the student wrote in training, at the first step and at the last one whose rollouts are '
+        '<p class="note">What was written in training, at the first step and at the last one whose rollouts are '
         "there. This run kept no token views (views.answers).</p>",
     ]
     for step in dict.fromkeys(row["step"] for row in rows):
@@ -73,12 +73,20 @@ def sample_answers(rows: Sequence[Mapping[str, Any]], *, most: int, size: int) -
         for row in [row for row in rows if row["step"] == step][:most]:
             end = "" if row.get("finish_reason") == "stop" else ' <span class="cut">cut off at the limit</span>'
             parts.append(
-                f'<div class="raised answer"><p class="note">{clip(row.get("id", ""), 300)}{end}</p>'
+                f'<div class="raised answer"><p class="note">{clip(row.get("id", ""), 300)}{_made(row)}{end}</p>'
                 f'<pre class="prompt">{clip(row.get("prompt", ""), size)}</pre>'
                 f"<pre>{clip(row.get('response', ''), size)}</pre></div>"
             )
         parts.append("</div>")
     return "\n".join([*parts, "</section>"])
+
+
+def _made(row: Mapping[str, Any]) -> str:
+    """Who wrote an answer, where it was not the student, and how it was graded."""
+    writer, reward = row.get("behaviour", "student"), row.get("reward")
+    words = [] if writer == "student" else [f"written by: {str(writer).replace('_', ' ')}"]
+    words += [] if reward is None else [f"reward {reward:.2g}"]
+    return "".join(f", {clip(word, 100)}" for word in words)
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> Change:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from opd.reports.figures import count, interval, percent
+from opd.reports.objective import scorers
 from opd.reports.page.base import attribute, text
 from opd.reports.page.charts import (
     COLOURS,
@@ -65,6 +66,14 @@ class Metric:
     worth: Callable[[Curve], bool] = field(default=lambda curve: True)
 
 
+ANCHORED = Metric(
+    key="reverse_kl",
+    title="Distance to the start",
+    caption="Reverse KL to the student before training, on the student's own answers. It grows while the student "
+    "learns from the reward; the anchor term holds it back.",
+    y_label="nats per token",
+    log=True,
+)
 METRICS = (
     Metric(
         key="reverse_kl",
@@ -73,6 +82,13 @@ METRICS = (
         "It should fall; 0 means alike.",
         y_label="nats per token",
         log=True,
+    ),
+    Metric(
+        key="reward_mean",
+        title="Reward",
+        caption="Mean reward of the training answers, as their grader gives it. Where the objective has a term for it, "
+        "it should rise.",
+        y_label="reward",
     ),
     Metric(
         key="loss",
@@ -142,7 +158,8 @@ METRICS = (
 def figures(run: RunData, *, max_points: int = 240) -> list[Figure]:
     """All pictures of a run, the two that matter most first. `max_points` of one drawn line."""
     made: list[Figure] = []
-    for metric in METRICS:
+    for known in METRICS:
+        metric = ANCHORED if known.key == "reverse_kl" and _is_anchored(run) else known
         curve = _speed(run) if metric.key == "tokens_per_second" else run.curve(metric.key)
         if metric.key == "loss" and _same(curve, run.curve("reverse_kl")):
             continue
@@ -152,6 +169,16 @@ def figures(run: RunData, *, max_points: int = 240) -> list[Figure]:
             made += [_accuracy(run, task, i) for i, task in enumerate(run.tasks[:4])]
     made += _by_domain(run, max_points) + _by_position(run, max_points)
     return made
+
+
+def _is_anchored(run: RunData) -> bool:
+    """Whether a reward is what is learnt from, and the only target is the student before training, told no more."""
+    terms = (run.config or {}).get("objective", {}).get("terms") or []
+    targets = [term["target"] for term in terms if term.get("kind", "divergence") == "divergence"]
+    have = scorers(run.config or {})
+    held = [have.get(target["scorer"], {}) if target.get("kind") == "single" else {} for target in targets]
+    starts = [s.get("weights") == "initial" and s.get("context", {}).get("template") == "{prompt}" for s in held]
+    return bool(starts) and all(starts) and any(term.get("kind") == "outcome" for term in terms)
 
 
 def spans(curve: Curve) -> bool:
@@ -227,7 +254,7 @@ def _by_domain(run: RunData, max_points: int) -> list[Figure]:
         return []
     shown = [(key.removeprefix(DOMAIN), run.curve(key)) for key in keys[:COLOURS]]
     left = len(keys) - len(shown)
-    caption = "Distance to the teacher, for each kind of prompt." + _left_out(left)
+    caption = "The same distance for each kind of prompt." + _left_out(left)
     return [_several("domains", "Distance by domain", caption, shown, max_points)]
 
 
@@ -239,7 +266,7 @@ def _by_position(run: RunData, max_points: int) -> list[Figure]:
     if len(found) > COLOURS:  # the first, the last, and evenly between
         found = [found[round(i * (len(found) - 1) / (COLOURS - 1))] for i in range(COLOURS)]
     shown = [(f"tokens {m[1]} to {m[2]}" if m[2] else f"tokens from {m[1]}", run.curve(key)) for m, key in found]
-    caption = "Distance to the teacher early and late in the answers: prefixes may lead where the teacher is no guide."
+    caption = "The same distance early and late in the answers: prefixes may lead where the teacher is no guide."
     return [_several("positions", "Distance by position", caption, shown, max_points)]
 
 

@@ -22,8 +22,19 @@ PHASES = {  # what a person calls it, and its colour in every bar
     "student_prefill": ("student reads prompts", 4),
     "student_sampling": ("student writes answers", 1),
     "teacher_scoring": ("teacher scores them", 2),
+    "student_looking": ("student is trained", 3),
     "student_training": ("student is trained", 3),
+    "grading": ("answers are graded", 5),
 }
+
+
+def _phase(name: str) -> tuple[str, int]:
+    """The words and colour of a part; those of any scorer but the teacher are named after it."""
+    if name in PHASES:
+        return PHASES[name]
+    who, _, what = name.rpartition("_")
+    words = {"scoring": f"{who} scores answers", "sampling": f"{who} writes answers", "prefill": f"{who} reads prompts"}
+    return (words[what], 2) if who and what in words else PHASES["other"]
 
 
 def costs(run: RunData) -> str:
@@ -49,7 +60,7 @@ def _bar(title: str, amounts: Mapping[str, float], shown: Callable[[float], str]
         return ""
     sums: dict[tuple[str, int], float] = {}
     for name, amount in amounts.items():
-        key = PHASES.get(name, PHASES["other"])
+        key = _phase(name)
         sums[key] = sums.get(key, 0.0) + amount
     rows = [(name, amount, colour) for (name, colour), amount in sorted(sums.items(), key=lambda row: -row[1])]
     table = "".join(

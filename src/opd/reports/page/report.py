@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd.config.objective import FORMULAS
 from opd.errors import BadInput
 from opd.journal.atomic import write_atomic
 from opd.reports.figures import count, counted, duration, interval, often, percent
 from opd.reports.model_card import public_name
+from opd.reports.objective import formula, scorer_model, scorers
 from opd.reports.page.answers import changed_answers, clip, sample_answers
 from opd.reports.page.base import asset, page, text
 from opd.reports.page.charts import score_chart, swatch
@@ -142,22 +142,22 @@ def _facts(run: RunData) -> str:
         ("time", duration(seconds) if seconds is not None else f"{duration(spent['seconds'])} in steps"),
         ("objective", _objective(run)),
         ("student", public_name(str(run.option("student.model") or "-"))),
-        ("teacher", public_name(str(run.option("teacher.model") or "none"))),
+        *(scorers_of(run) or [("teacher", "none")]),
     ]
     if summary.get("resumes"):
         facts.insert(2, ("resumed", often(summary["resumes"])))
     return f'<dl class="facts">{"".join(f"<dt>{text(k)}</dt><dd>{clip(v, 400)}</dd>" for k, v in facts)}</dl>'
 
 
+def scorers_of(run: RunData) -> list[tuple[str, str]]:
+    """Name and model of every scorer."""
+    config = {name: run.option(name) for name in ("teacher", "scorers")}
+    return [(name, public_name(scorer_model(scorer))) for name, scorer in scorers(config).items()]
+
+
 def _objective(run: RunData) -> str:
     terms = run.option("objective.terms") or []
-    formulas = [
-        "cross-entropy on the data"
-        if term.get("target") == "data"
-        else f"{FORMULAS.get(term['shape']['kind'], term['shape']['kind'])}"
-        + (" at the drawn tokens" if term.get("support") == "sampled" else " over the whole vocabulary")
-        for term in terms
-    ]
+    formulas = [formula(term) for term in terms]
     preset = run.option("objective.preset")
     return ": ".join(part for part in (preset, " + ".join(formulas)) if part) or "-"
 

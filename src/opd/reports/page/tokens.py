@@ -82,6 +82,8 @@ def _body(records: Sequence[GradedRecord], extent: Extent) -> str:
         parts.append(
             f'<p class="note">To keep this page small, {"; ".join(phrases)}. The JSON file has everything.</p>'
         )
+    for name, why in (records[-1].get("left_out", {}) if records else {}).items():
+        parts.append(f'<p class="note">{text(name)} is not among the teachers here: {text(why)}.</p>')
     if any(record["answers"] for record in records):
         parts += [_static(records[-1], extent), _APP]
     else:

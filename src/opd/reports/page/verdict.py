@@ -20,6 +20,7 @@ EVENTS = {
     "changed": "changed on resume",
     "checkpoint_skipped": "checkpoint passed over",
     "bad_step": "step skipped",
+    "view": "token view",
     "stop": "ended early",
 }
 
