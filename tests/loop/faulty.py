@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from opd.config.schema import Guards as GuardsSpec
+from opd.config.guards import Guards as GuardsSpec
 from opd.costs.ledger import Ledger
 from opd.costs.size import model_size
 from opd.learner.learner import LocalLearner

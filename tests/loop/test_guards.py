@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.config.schema import Guards as Spec
+from opd.config.guards import Guards as Spec
 from opd.config.schema_walk import as_path, option_at
 from opd.journal.records import line
 from opd.loop.guards import GUARDS, Guards, guards_for

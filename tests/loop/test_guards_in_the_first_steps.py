@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from opd.config.guards import Guards as Spec
 from opd.config.loading import load_config
-from opd.config.schema import Guards as Spec
 from opd.lab.demo.run import load_recipe
 from opd.lab.worlds import sorting
 from opd.loop.guards import Guards, guards_for

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.config.schema import Guards as GuardsSpec
+from opd.config.guards import Guards as GuardsSpec
 from tests import tiny
 from tests.loop.faulty import KL_STEPS, QUICK, WINDOW, Run, ready
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from opd.config.checks import source_name
-from opd.config.schema import Source
+from opd.config.sources import Source
 from opd.errors import DataError
 from opd.prompts.sources import read_source
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from opd.config.presets import METHODS, PRESETS, expand
+from opd.config.presets import METHODS, expand
 from opd.config.schema import Config
 from opd.reports.model_card import code, escape, model_card, public_name
 from tests.journal.test_records import make_summary
@@ -96,7 +96,7 @@ def test_existing_relative_folder_is_a_path_though_it_looks_like_a_hub_name(tmp_
     assert public_name("runs/final") == "final"
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", sorted(METHODS))
 def test_every_preset_is_put_in_words(preset):
     text = card(resolved(preset))
     words = {

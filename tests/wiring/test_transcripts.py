@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from opd.config.schema import Columns
+from opd.config.sources import Columns
 from opd.errors import DataError
 from opd.wiring.transcripts import read_transcript
 

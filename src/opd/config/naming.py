@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opd.config.schema import InlineSource, ReasoningGymSource, Source
+from opd.config.sources import InlineSource, ReasoningGymSource, Source
 
 
 def source_name(source: Source) -> str:

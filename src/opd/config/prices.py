@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from opd.config.objective import DataTerm, DivergenceTerm, Term
 from opd.config.reads import evidence, is_drawn, is_sampled, read_by, scorers
-from opd.config.schema import Config, Context, InlineSource, ReasoningGymSource, Source
+from opd.config.schema import Config, Context
 from opd.config.slots import NoImportance, TopK, Weighting
+from opd.config.sources import InlineSource, ReasoningGymSource, Source
 
 _TAILS = {
     "renormalise": "changes the optimum: the set's mass gets no gradient and may drift out, and entropy rise",

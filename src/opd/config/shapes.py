@@ -114,4 +114,3 @@ def _named(value: Any) -> Any:
 
 AnyShape = Annotated[Shape, BeforeValidator(_named, json_schema_input_type=str | Shape)]
 FORMULAS: dict[str, str] = {shape.model_fields["kind"].default: shape.formula for shape in SHAPES}
-LOG_RATIO = (ReverseKL, ClippedKL, TanhKL, VerifierGatedKL)  # h is a function of log r alone that is finite at r = 0

@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from opd.config.schema import (
+from opd.config.guards import (
     ChangedTeacher,
-    Config,
     EndSlide,
     EntropyCollapse,
     Guard,
@@ -32,7 +31,8 @@ from opd.config.schema import (
     Truncation,
     UniformTeacher,
 )
-from opd.config.schema import Guards as Spec
+from opd.config.guards import Guards as Spec
+from opd.config.schema import Config
 from opd.config.watching import blind
 from opd.loop.lines import Limits, Line, Lines
 from opd.loop.trends import Change, change, rises

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opd.config.schema import Columns
+from opd.config.sources import Columns
 from opd.errors import DataError
 from opd.types import Message, Row
 

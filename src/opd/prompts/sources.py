@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.config.naming import source_name
-from opd.config.schema import (
-    DatasetSource,
-    InlineSource,
-    JsonlSource,
-    ParquetSource,
-    ReasoningGymSource,
-    Source,
-)
+from opd.config.sources import DatasetSource, InlineSource, JsonlSource, ParquetSource, ReasoningGymSource, Source
 from opd.errors import DataError
 from opd.prompts.rows import RowReader, named
 from opd.types import Row

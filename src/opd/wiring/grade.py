@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from opd.config.loading import load_config
-from opd.config.schema import Columns, Config, Model, Scorer, Student
+from opd.config.schema import Config, Model, Scorer, Student
+from opd.config.sources import Columns
 from opd.errors import BadInput, ConfigError, DataError, ModelError
 from opd.journal.atomic import write_atomic
 from opd.journal.graded import GradedRecord

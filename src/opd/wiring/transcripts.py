@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opd.config.schema import Columns
+from opd.config.sources import Columns
 from opd.errors import DataError
 from opd.journal.lock import is_run_folder
 from opd.journal.reader import read_metrics, read_rollouts

@@ -10,6 +10,6 @@ from opd.config.presets import sampled as sampled
 from opd.config.presets import several_scorers as several_scorers
 from opd.config.presets import supervised as supervised
 from opd.config.presets import top_k as top_k
-from opd.config.presets.registry import METHODS, PRESETS, Method, Preset, as_line, expand
+from opd.config.presets.registry import METHODS, Method, Preset, as_line, expand
 
-__all__ = ["METHODS", "PRESETS", "Method", "Preset", "as_line", "expand"]
+__all__ = ["METHODS", "Method", "Preset", "as_line", "expand"]

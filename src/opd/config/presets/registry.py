@@ -79,7 +79,6 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
-PRESETS: dict[str, Callable[..., Preset]] = {}
 
 
 def method(
@@ -89,7 +88,6 @@ def method(
 
     def register(make: Callable[..., Preset]) -> Callable[..., Preset]:
         METHODS[make.__name__] = Method(make, source, status, example or {})
-        PRESETS[make.__name__] = make
         return make
 
     return register
