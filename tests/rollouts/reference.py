@@ -45,8 +45,8 @@ def recomputed(model: CausalLM, rollout: Rollout, params: SamplingParams) -> np.
     """float64 [T] log-probabilities of the response by one forward pass over prompt and response alone."""
     ids = torch.from_numpy(np.concatenate([rollout.prompt.ids, rollout.response_ids]))[None]
     with torch.no_grad():
-        logits_TV = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].numpy()
-    rows_TV = logits_TV[len(rollout.prompt.ids) - 1 : -1, : model.vocab_size]
+        logits_1TV = model.module(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    rows_TV = logits_1TV[0].float().numpy()[len(rollout.prompt.ids) - 1 : -1, : model.vocab_size]
     probabilities = [
         distribution(row_V, params)[token] for row_V, token in zip(rows_TV, rollout.response_ids, strict=True)
     ]

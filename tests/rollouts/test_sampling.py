@@ -121,8 +121,24 @@ def test_temperature_zero_is_the_arg_max_with_log_probability_zero():
     "params", [SamplingParams(max_tokens=1, temperature=t, top_p=p) for t, p in ((1, 1), (1, 0.9), (0, 1))]
 )
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_show_in_the_log_probability(params, bad):
-    logits_NV = torch.zeros(3, 700)
+@pytest.mark.parametrize("vocab", [700, 5000])
+def test_logits_that_are_not_finite_show_in_the_log_probability(params, bad, vocab):
+    logits_NV = torch.zeros(3, vocab)
     logits_NV[1, 600] = bad
-    _, logprob_N = sampling.draw(logits_NV, _uniforms(3), params)
+    token_N, logprob_N = sampling.draw(logits_NV, _uniforms(3), params)
+    assert token_N.max() < vocab
     assert torch.isfinite(logprob_N).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_a_large_vocabulary_is_drawn_from_as_float64_would(temperature):
+    torch.manual_seed(3)
+    logits_NV, uniform_N = torch.randn(12, 151_936) * 4, _uniforms(12)
+    token_N, logprob_N = sampling.draw(logits_NV, uniform_N, SamplingParams(max_tokens=1, temperature=temperature))
+    exact_NV = (logits_NV.double() / temperature).log_softmax(-1)
+    ends_NV = exact_NV.exp().cumsum(-1)
+    at_N1 = token_N[:, None]
+    torch.testing.assert_close(logprob_N.double(), exact_NV.gather(1, at_N1)[:, 0], atol=1e-5, rtol=0)
+    above = ends_NV.gather(1, at_N1)[:, 0] > uniform_N - 1e-6
+    below = (ends_NV - exact_NV.exp()).gather(1, at_N1)[:, 0] < uniform_N + 1e-6
+    assert above.all() and below.all()

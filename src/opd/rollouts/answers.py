@@ -47,6 +47,7 @@ class Answers:
         self.length_N = np.zeros(N, dtype=np.int64)
         self.stopped_N = np.zeros(N, dtype=np.bool_)
         self._key_N = np.array([noise.key(seed, rollout_id) for rollout_id in self.rollout_ids], dtype=np.uint64)
+        self._stops = frozenset(params.stop_ids)
         self._prompts_P = prompts_P
         self._progress = progress
         self._finished = 0
@@ -61,7 +62,7 @@ class Answers:
         position_N = self.length_N[rollout_N]
         uniform_N = torch.from_numpy(noise.uniforms(self._key_N[rollout_N], position_N)).to(logits_NV.device)
         token_N, logprob_N = sampling.draw(logits_NV, uniform_N, self.params)
-        written_N, written_logprob_N = token_N.cpu().numpy(), logprob_N.cpu().numpy()
+        written_N, written_logprob_N = _on_host(token_N, logprob_N)
         if not np.isfinite(written_logprob_N).all():
             n = int(rollout_N[int(np.argmin(np.isfinite(written_logprob_N)))])
             raise ModelError(
@@ -72,7 +73,7 @@ class Answers:
         self.ids_NT[rollout_N, position_N] = written_N
         self.logprobs_NT[rollout_N, position_N] = written_logprob_N
         self.length_N[rollout_N] += 1
-        stopped_N = np.isin(written_N, self.params.stop_ids)
+        stopped_N = np.array([token in self._stops for token in written_N.tolist()], dtype=np.bool_)
         self.stopped_N[rollout_N] = stopped_N
         goes_on_N = ~stopped_N & (position_N + 1 < self.params.max_tokens)
         if not goes_on_N.all():
@@ -99,3 +100,11 @@ class Answers:
             sampling=sampling,
             turns=((0, length),),
         )
+
+
+def _on_host(token_N: Tensor, logprob_N: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Both in one transfer: a device is waited for once per token. Tokens are exact in float64."""
+    if token_N.device.type == "cpu":
+        return token_N.numpy(), logprob_N.numpy()
+    token_N, logprob_N = torch.stack([token_N.double(), logprob_N.double()]).cpu()
+    return token_N.long().numpy(), logprob_N.float().numpy()

@@ -13,7 +13,7 @@ from opd.errors import BadInput, ModelError
 from opd.models.causal import CausalLM
 from opd.rollouts.generic import GenericDecoder
 from opd.rollouts.lean import LeanDecoder
-from opd.rollouts.lean_weights import unsupported
+from opd.rollouts.lean_weights import native_bfloat16, unsupported
 from opd.rollouts.writing import Decoder
 from opd.types import Prompt
 
@@ -28,16 +28,27 @@ class Decoding:
 
     path   lean: our decoder; generic: the model's own forward; auto: lean where it knows the architecture and agrees
            with the model's own logits.
+    dtype  what the lean decoder computes in; None: the model's compute type. The model's own forward knows no other.
 
-    ModelError when path is lean and the lean decoder cannot run this model.
+    ModelError when path is lean, or dtype is not the model's, and the lean decoder cannot run this model.
     """
 
-    def __init__(self, model: CausalLM, *, path: DecoderPath) -> None:
+    def __init__(self, model: CausalLM, *, path: DecoderPath, dtype: torch.dtype | None = None) -> None:
         self.model = model
+        self.dtype = model.compute_dtype if dtype is None else dtype
         self._lean, self._joins = False, True
+        if self.dtype == torch.bfloat16 != model.compute_dtype and not native_bfloat16(model.device):
+            warnings.warn(
+                "engine.dtype is bfloat16, but this processor has no bfloat16 products: writing will be slower than in "
+                "float32. Set engine.dtype to auto",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         with Evaluating(model):
             if path != "generic":
                 self._lean = self._lean_works(required=path == "lean")
+            elif self.dtype != model.compute_dtype:
+                raise self._own_forward_only("engine.path is generic")
             if not self._lean:
                 self._joins = self._rows_can_join()
 
@@ -46,25 +57,35 @@ class Decoding:
         """Which decoder it is."""
         return "lean" if self._lean else "generic"
 
-    def decoder(self, *, slots: int, capacity: int) -> Decoder:
-        """A decoder over the weights as they are now, for `slots` rows of `capacity` positions."""
+    def decoder(self, *, slots: int, capacity: int, steps: int) -> Decoder:
+        """A decoder over the weights as they are now, for `slots` rows of `capacity` positions, of which at most
+        `steps` are written."""
         if self._lean:
-            return LeanDecoder(self.model, slots=slots, capacity=capacity)
+            return LeanDecoder(self.model, slots=slots, capacity=capacity, dtype=self.dtype, steps=steps)
         return GenericDecoder(self.model, joins=self._joins)
 
     def _lean_works(self, *, required: bool) -> bool:
         name = self.model.architecture.__name__
         reason = unsupported(self.model)
         if reason is None:
-            worst = disagreement(LeanDecoder(self.model, slots=3, capacity=_PROBE + 2), self.model)
-            if worst <= _TOLERANCE[self.model.compute_dtype]:
+            worst = disagreement(LeanDecoder(self.model, slots=3, capacity=_PROBE + 2, dtype=self.dtype), self.model)
+            if worst <= max(_TOLERANCE[self.dtype], _TOLERANCE[self.model.compute_dtype]):
                 return True
             reason = f"its logits differ from the model's own by {worst:.2g} of the largest logit"
-            if not required:
+            if not required and self.dtype == self.model.compute_dtype:
                 warnings.warn(f"{name} runs on the slower generic path: {reason}", RuntimeWarning, stacklevel=4)
         if required:
             raise ModelError(f"engine.path is lean, but {name} cannot run on it: {reason}. Use auto or generic.")
+        if self.dtype != self.model.compute_dtype:
+            raise self._own_forward_only(f"our decoder cannot run it: {reason}")
         return False
+
+    def _own_forward_only(self, reason: str) -> ModelError:
+        own, asked = (str(dtype).removeprefix("torch.") for dtype in (self.model.compute_dtype, self.dtype))
+        return ModelError(
+            f"engine.dtype is {asked}, but {self.model.architecture.__name__} writes with its own forward, which "
+            f"computes in {own}: {reason}. Set engine.dtype to auto."
+        )
 
     def _rows_can_join(self) -> bool:
         decoder = GenericDecoder(self.model)

@@ -21,10 +21,12 @@ class EmbeddedEngine:
     slots      answers written at the same time.
     path       lean: our decoder; generic: the model's own forward; auto: lean where it knows the architecture and
                agrees with the model's own logits, which is tried once, here.
+    compute_dtype  what products run in while it writes; None: the model's own. Another one needs the lean decoder.
+               Recorded log-probabilities are those of the distribution that was drawn from, rounding included.
     progress   called with the number of answers of the running `generate` call that are finished.
     who        the model's name in messages.
 
-    ModelError when path is lean and the lean decoder cannot run this model.
+    ModelError when path is lean, or compute_dtype is not the model's, and the lean decoder cannot run this model.
     """
 
     def __init__(
@@ -34,13 +36,14 @@ class EmbeddedEngine:
         seed: int,
         slots: int,
         path: DecoderPath,
+        compute_dtype: torch.dtype | None = None,
         progress: Callable[[int], None] | None = None,
         who: str = "student",
     ) -> None:
         self.progress = progress
         self.seed = seed
         self.slots = slots
-        self.decoding = Decoding(model, path=path)
+        self.decoding = Decoding(model, path=path, dtype=compute_dtype)
         self._model = model
         self._who = who
         self._version = 0
@@ -76,6 +79,6 @@ class EmbeddedEngine:
             longest = max(len(prompt.ids) for prompt in prompts_P) + params.max_tokens
             slots = min(self.slots, len(answers.rollout_ids))
             with Evaluating(self._model):
-                decoder = self.decoding.decoder(slots=slots, capacity=longest)
+                decoder = self.decoding.decoder(slots=slots, capacity=longest, steps=params.max_tokens)
                 write(decoder, [p.ids for p in prompts_P], answers, samples=params.samples_per_prompt, slots=slots)
         return answers.rollouts(behaviour="student", version=self._version, sampling=params)

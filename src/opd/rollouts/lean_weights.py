@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,23 +21,61 @@ from opd.objectives.head import head_logits
 from opd.types import Head
 
 _USUAL_ROWS = 64  # only a hint for the packed layout; any number of rows may be multiplied
+_PAYS_FROM = 16  # products with a few rows that packing a weight takes as long as it saves in
 STATIC_ROPES = {"default", "linear", "llama3", "yarn"}  # frequencies that do not depend on the sequence
 
 
-@dataclass(frozen=True)
 class Norm:
-    """RMS norm; `shape` is what the mean of squares runs over."""
+    """RMS norm over the last dimension, computed in float32; what it gives is as wide as what it gets."""
 
-    weight: Tensor
-    eps: float
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        width = weight.shape[-1]
+        self.weight, self.eps = weight, eps
+        self._fused = weight.device.type != "cpu"
+        self._gain = weight * width**0.5
+        self._least = torch.tensor((width * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
-        return wide.to(x.dtype)
+        if self._fused:
+            return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
+        wide = x.float()
+        return wide.div(self._length(wide)).mul_(self._gain).to(x.dtype)
+
+    def in_place(self, x: Tensor) -> None:
+        """As `__call__`, into float32 x itself; the weight may have a row for each row of x."""
+        if self._fused:
+            torch.mul(F.rms_norm(x, x.shape[-1:], None, self.eps), self.weight, out=x)
+        else:
+            x.div_(self._length(x)).mul_(self._gain)
+
+    def _length(self, x: Tensor) -> Tensor:
+        """Root of the sum of squares and of width x eps. Half as many operations as F.rms_norm is on a CPU."""
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._least)
 
 
-# A private operator of torch: where a version lacks it, the ordinary product does the same work.
-_PACKS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@dataclass(frozen=True)
+class HeadNorms:
+    """The norms of queries and keys, [M, heads, d] float32, in place.
+
+    together   of each query and key head, weight [H + kv, d]; or
+    widths     of all query heads as one vector, and of all key heads.
+    """
+
+    together: Norm | None
+    widths: tuple[Norm, Norm] | None
+
+    def __call__(self, qk_MHd: Tensor) -> None:
+        if self.together is not None:
+            self.together.in_place(qk_MHd)
+            return
+        assert self.widths is not None
+        heads = [len(norm.weight) // qk_MHd.shape[-1] for norm in self.widths]
+        for part, norm in zip(qk_MHd.split(heads, dim=1), self.widths, strict=True):
+            part.copy_(norm(part.flatten(1)).view_as(part))
+
+
+# Private operators of torch: where a version lacks them, the ordinary product does the same work.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Linear:
@@ -46,29 +85,49 @@ class Linear:
     weight's own steps, in which the first updates of an adapter vanish, and the sampler would not be the student that
     is trained.
 
-    On a CPU in float32 the weight is packed for oneDNN, torch's other matrix library: the same product, at about twice
-    the speed of the default one on AMD processors and no slower elsewhere. Packing is worth it because a weight is used
-    for many tokens before it changes; it is a copy.
+    On a CPU the product is oneDNN's, torch's other matrix library: in float32 it is about twice as fast as the default
+    one on AMD processors, and no slower elsewhere. A weight that is used for `steps` tokens before it changes is packed
+    for it where that pays, which doubles the speed again for the few rows of a step; it is a copy.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None = None, *, steps: int | None = None
+    ) -> None:
         if low_rank is not None and weight.dtype == torch.float32:
             weight, low_rank = weight + low_rank[1] @ low_rank[0], None
         self._weight, self._bias = weight, bias
         self._low_rank = None if low_rank is None else tuple(matrix.to(weight.dtype) for matrix in low_rank)
-        self._packed: Tensor | None = None
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and _PACKS:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
+        packable = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and native_bfloat16(weight.device))
+        self._onednn = weight.device.type == "cpu" and packable and _ONEDNN
+        if self._onednn and (steps is None or steps >= _PAYS_FROM):
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _USUAL_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         x = x.to(self._weight.dtype)
-        product = F.linear(x, self._weight, self._bias)
+        if self._onednn:
+            product = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        else:
+            product = F.linear(x, self._weight, self._bias)
         if self._low_rank is not None:
             a_RI, b_OR = self._low_rank
             product = product + F.linear(F.linear(x, a_RI), b_OR)
         return product
+
+    def added(self, to: Tensor, x: Tensor, norm: Norm | None) -> Tensor:
+        """to + norm(self(x)), in one operation where that is possible."""
+        if self._onednn and norm is None and self._low_rank is None and to.dtype == self._weight.dtype:
+            return torch.ops.mkldnn._linear_pointwise.binary(x.to(to.dtype), to, self._weight, self._bias, "add")
+        product = self(x)
+        return to + (product if norm is None else norm(product))
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether a product in bfloat16 is one there, not an imitation in float32."""
+    if device.type == "cpu":
+        return not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported") or bool(
+            torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @dataclass(frozen=True)
@@ -79,8 +138,7 @@ class Layer:
     after_attention: Norm | None
     before_mlp: Norm | None
     after_mlp: Norm | None
-    query_norm: Norm | None
-    key_norm: Norm | None
+    head_norm: HeadNorms | None
     qkv: Linear
     out: Linear
     gate_up: Linear
@@ -156,12 +214,16 @@ def unsupported(model: CausalLM) -> str | None:
     return None
 
 
-def gather(model: CausalLM) -> LeanWeights:
-    """The module's current weights, its adapter included. Query, key and value are fused, and gate and up; the rest
-    is referenced where it is in the compute dtype already."""
-    body, config, dtype = model.module.model, model.config, model.compute_dtype
+def gather(model: CausalLM, dtype: torch.dtype, *, steps: int | None) -> LeanWeights:
+    """The module's current weights in `dtype`, its adapter included. Query, key and value are fused, and gate and up;
+    the rest is referenced where it is in that dtype already.
+
+    steps   tokens that they are used for before they change; None: many.
+    """
+    body, config = model.module.model, model.config
     attention = body.layers[0].self_attn
     norms = _NORMS[model.architecture.__name__]
+    fused = partial(_fused, model, dtype, steps)
     layers = []
     for layer in body.layers:
         attn, mlp = layer.self_attn, layer.mlp
@@ -169,12 +231,11 @@ def gather(model: CausalLM) -> LeanWeights:
         layers.append(
             Layer(
                 **{name: _norm(getattr(layer, norms[name])) if name in norms else None for name in _SANDWICH},
-                query_norm=_norm(attn.q_norm) if hasattr(attn, "q_norm") else None,
-                key_norm=_norm(attn.k_norm) if hasattr(attn, "k_norm") else None,
-                qkv=_fused(model, attn.q_proj, attn.k_proj, attn.v_proj),
-                out=_fused(model, attn.o_proj),
-                gate_up=_fused(model, mlp.gate_proj, mlp.up_proj),
-                down=_fused(model, mlp.down_proj),
+                head_norm=_head_norms(attn, config) if hasattr(attn, "q_norm") else None,
+                qkv=fused(attn.q_proj, attn.k_proj, attn.v_proj),
+                out=fused(attn.o_proj),
+                gate_up=fused(mlp.gate_proj, mlp.up_proj),
+                down=fused(mlp.down_proj),
                 activation=mlp.act_fn,
                 scale=attn.scaling,
                 window=_window(attn, config),
@@ -186,7 +247,7 @@ def gather(model: CausalLM) -> LeanWeights:
         rotary=body.rotary_emb,
         layers=tuple(layers),
         final_norm=_norm(body.norm),
-        logits=_logits(model.head, dtype),
+        logits=_logits(model.head, dtype, steps),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
@@ -194,10 +255,14 @@ def gather(model: CausalLM) -> LeanWeights:
     )
 
 
-def _logits(head: Head, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _logits(head: Head, dtype: torch.dtype, steps: int | None) -> Callable[[Tensor], Tensor]:
     weight_VD = head.weight_VD[: head.vocab_size].detach().to(dtype)
-    if dtype == torch.float32 and head.scale == 1.0 and head.softcap is None and head.order_V is None:
-        return Linear(weight_VD, None if head.bias_V is None else head.bias_V[: head.vocab_size].detach())
+    exact_bias = head.bias_V is None or dtype == torch.float32
+    plain = head.scale == 1.0 and head.softcap is None and head.order_V is None and exact_bias
+    if plain and weight_VD.device.type == "cpu":
+        bias_V = None if head.bias_V is None else head.bias_V[: head.vocab_size].detach()
+        product = Linear(weight_VD, bias_V, steps=steps)
+        return lambda hidden_ND: product(hidden_ND).float()
     cast = replace(head, weight_VD=weight_VD)
     return lambda hidden_ND: head_logits(hidden_ND.to(dtype), cast)
 
@@ -208,6 +273,15 @@ def _window(attention: Any, config: Any) -> int | None:
     return config.sliding_window if type(attention).__name__ == "MistralAttention" else None
 
 
+def _head_norms(attention: Any, config: Any) -> HeadNorms:
+    query, key = _norm(attention.q_norm), _norm(attention.k_norm)
+    if len(query.weight) != attention.head_dim or config.num_attention_heads == 1:
+        return HeadNorms(together=None, widths=(query, key))
+    weight = [query.weight] * config.num_attention_heads + [key.weight] * config.num_key_value_heads
+    assert query.eps == key.eps
+    return HeadNorms(together=Norm(torch.stack(weight), query.eps), widths=None)
+
+
 def _norm(norm: Any) -> Norm:
     weight = norm.weight.detach().float()
     if type(norm).__name__ == "Gemma3RMSNorm":  # stored as the distance from one
@@ -215,15 +289,15 @@ def _norm(norm: Any) -> Norm:
     return Norm(weight, norm.variance_epsilon)
 
 
-def _fused(model: CausalLM, *layers: Any) -> Linear:
+def _fused(model: CausalLM, dtype: torch.dtype, steps: int | None, *layers: Any) -> Linear:
     """One projection that gives the outputs of several, side by side."""
     parts = [model.linear_parts(layer) for layer in layers]
-    weights = [linear.weight.detach().to(model.compute_dtype) for linear, _ in parts]
-    biases = [linear.bias.detach().to(model.compute_dtype) for linear, _ in parts if linear.bias is not None]
+    weights = [linear.weight.detach().to(dtype) for linear, _ in parts]
+    biases = [linear.bias.detach().to(dtype) for linear, _ in parts if linear.bias is not None]
     low_rank = _side_by_side([(low, len(weight)) for (_, low), weight in zip(parts, weights, strict=True)])
     if len(layers) == 1:
-        return Linear(weights[0], biases[0] if biases else None, low_rank)
-    return Linear(torch.cat(weights), torch.cat(biases) if biases else None, low_rank)
+        return Linear(weights[0], biases[0] if biases else None, low_rank, steps=steps)
+    return Linear(torch.cat(weights), torch.cat(biases) if biases else None, low_rank, steps=steps)
 
 
 def _side_by_side(parts: list[tuple[LowRank | None, int]]) -> LowRank | None:

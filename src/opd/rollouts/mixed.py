@@ -66,9 +66,10 @@ class MixedAnswers:
         check_prompts(prompts_P, params.max_tokens, student.model, who="student")
         with fetched(scorer) as model, Evaluating(student.model), Evaluating(model):
             check_prompts(theirs_P, params.max_tokens, model, who=f"scorer {scorer.name}")
+            theirs, tokens = Decoding(model, path=self._path), params.max_tokens
             decoder = PairDecoder(
-                student.decoder(slots=slots, capacity=_longest(prompts_P) + params.max_tokens),
-                Decoding(model, path=self._path).decoder(slots=slots, capacity=_longest(theirs_P) + params.max_tokens),
+                student.decoder(slots=slots, capacity=_longest(prompts_P) + tokens, steps=tokens),
+                theirs.decoder(slots=slots, capacity=_longest(theirs_P) + tokens, steps=tokens),
                 self._joint(),
                 params,
                 order_V=scorer.agreement.order(),
