@@ -166,6 +166,7 @@ class ScorerRows:
 
     index_T       int64 [R], ascending: the batch's tokens that these rows are about; None: all of them. Every other
                   field has as many rows.
+    known_index_T the same on the host. None: who needs it reads `index_T`, and waits for its device.
     valid_T       bool [T].
     logprobs_T    float32 [T] at the sampled tokens; present when the resolution is "sampled".
     hidden_TD     [T, D] and `head`; present when the resolution is "full".
@@ -179,26 +180,21 @@ class ScorerRows:
     hidden_TD: torch.Tensor | None = None
     head: Head | None = None
     index_T: torch.Tensor | None = None
+    known_index_T: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch as tensors: padded sequences, and the response tokens of all of them flattened to [T].
+    """One micro-batch: its rollouts, and the response tokens of all of them flattened to [T].
 
-    ids_NS, attention_NS, positions_NS  int64 [N, S]: prompt + response, the attention mask, absolute positions.
-    row_T, column_T  int64 [T]: where the hidden state sits that predicts each response token; row_T is also which
-                     rollout of the micro-batch the token belongs to.
-    token_T          int64 [T]: the response token itself.
-    behaviour_T      float32 [T]: log-probability under the sampler, NaN where there is none.
-    mask_T           bool [T]: tokens that may be trained.
+    row_T        int64 [T]: which rollout of the micro-batch each response token belongs to.
+    token_T      int64 [T]: the response token itself.
+    behaviour_T  float32 [T]: log-probability under the sampler, NaN where there is none.
+    mask_T       bool [T]: tokens that may be trained.
     """
 
     rollouts: tuple[Rollout, ...]
-    ids_NS: torch.Tensor
-    attention_NS: torch.Tensor
-    positions_NS: torch.Tensor
     row_T: torch.Tensor
-    column_T: torch.Tensor
     token_T: torch.Tensor
     behaviour_T: torch.Tensor
     mask_T: torch.Tensor

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from opd.errors import ModelError
+from opd.models.answer_states import answer_states
 from opd.models.causal import CausalLM
-from opd.models.padding import pad
 from opd.models.sanity import next_token_logits
 from opd.objectives.head import head_logits
+from opd.objectives.transfer import onto
 from opd.teachers.residence import Residence, Resident
 from opd.text.agreement import Agreement
 from opd.text.formats import PromptFormat
@@ -32,6 +33,7 @@ class LocalTeacher:
                   beginning until `check` or `release`.
     temperature   divides its logits before the softmax.
     chunk_tokens  tokens whose logits exist at the same time where single log-probabilities are asked for.
+    share_prompts a prompt of several answers, as this scorer reads it, is read once where that pays.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class LocalTeacher:
         name: str,
         temperature: float,
         chunk_tokens: int,
+        share_prompts: bool,
     ) -> None:
         self.name = name
         self.format = fmt
         self.agreement = agreement
         self.temperature = temperature
         self.chunk_tokens = chunk_tokens
+        self.share_prompts = share_prompts
         self._residence: Residence = Resident(model) if isinstance(model, CausalLM) else model
         first = self._residence.fetch()
         self.vocab_size, self.parameter_count = first.vocab_size, first.parameter_count
@@ -146,11 +150,11 @@ class LocalEvidence:
             return None
         teacher, model = self._teacher, self._teacher.model
         device, target = model.device, batch.token_T.device
-        index_T = None
+        index_T = known_T = None
         if len(wanted) < len(batch.rollouts):
-            read_N = torch.zeros(len(batch.rollouts), dtype=torch.bool, device=target)
-            read_N[torch.tensor([n for n, _ in wanted], device=target)] = True
-            index_T = read_N[batch.row_T].nonzero()[:, 0]
+            read_N = np.isin(np.arange(len(batch.rollouts)), [n for n, _ in wanted])
+            known_T = np.flatnonzero(np.repeat(read_N, [len(r.response_ids) for r in batch.rollouts]))
+            index_T = onto(known_T, target)
         token_T = batch.token_T if index_T is None else batch.token_T[index_T]
         hidden_TD = self._hidden(model, [r for _, r in wanted])
         if want.resolution == "full":
@@ -161,6 +165,7 @@ class LocalEvidence:
                 hidden_TD=hidden_TD.to(target),
                 head=teacher.head_on(target),
                 index_T=index_T,
+                known_index_T=known_T,
             )
         logprobs_T = self._sampled(hidden_TD, token_T.to(device)).to(target)
         return ScorerRows(
@@ -169,6 +174,7 @@ class LocalEvidence:
             temperature=teacher.temperature,
             logprobs_T=logprobs_T,
             index_T=index_T,
+            known_index_T=known_T,
         )
 
     def release(self) -> None:
@@ -178,13 +184,8 @@ class LocalEvidence:
         """[T, D]: the states that predict the tokens of these answers, one after the other."""
         prompts = [self._prompt(r.prompt) for r in rollouts]
         answers = [self._teacher.agreement.teacher_ids(r.response_ids) for r in rollouts]
-        sequences = [np.concatenate(pair) for pair in zip(prompts, answers, strict=True)]
-        self._lengths += [len(sequence) for sequence in sequences]
-        ids_NS, attention_NS, positions_NS = pad(sequences, device=model.device)
-        columns = [np.arange(len(p) - 1, len(p) - 1 + len(a)) for p, a in zip(prompts, answers, strict=True)]
-        rows = [np.full(len(a), n) for n, a in enumerate(answers)]
-        row_T, column_T = (torch.from_numpy(np.concatenate(x)).to(model.device) for x in (rows, columns))
-        return model.hidden(ids_NS, attention_NS, positions_NS)[row_T, column_T]
+        self._lengths += [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return answer_states(model, prompts, answers, share=self._teacher.share_prompts)
 
     def _prompt(self, prompt: Prompt) -> NDArray[np.int64]:
         if prompt.id not in self._prompt_ids:

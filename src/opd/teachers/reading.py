@@ -28,12 +28,22 @@ from opd.types import Batch, Rollout, ScorerRows, Want
 Columns = Mapping[str, NDArray[Any]]
 _NOTHING: Columns = {key: np.empty(0) for key in ("logprobs", "entropy", "reverse_kl", "ids", "top")}
 _DIGITS = 4
+_NUMBERS = 2**24  # of one reader's [C, V]: a view is for people, and need not take more memory than training
 
 
-def writer(model: CausalLM, fmt: PromptFormat, *, chunk_tokens: int, temperature: float = 1.0) -> LocalTeacher:
+def writer(
+    model: CausalLM, fmt: PromptFormat, *, chunk_tokens: int, share_prompts: bool, temperature: float = 1.0
+) -> LocalTeacher:
     """The student as a reader of its own answers, over its live weights."""
-    agreement = compare(fmt, fmt)
-    return LocalTeacher(model, fmt, agreement, name="student", temperature=temperature, chunk_tokens=chunk_tokens)
+    return LocalTeacher(
+        model,
+        fmt,
+        compare(fmt, fmt),
+        name="student",
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        share_prompts=share_prompts,
+    )
 
 
 def read_answers(
@@ -103,6 +113,8 @@ def _read(
 ) -> dict[str, Columns]:
     """What each reader says about the tokens of one micro-batch, a chunk of logits at a time."""
     parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in scored}
+    vocab = max(rows.head.vocab_size for rows in scored.values() if rows is not None and rows.head is not None)
+    chunk_tokens = max(1, min(chunk_tokens, _NUMBERS // vocab))
     for start in range(0, len(batch.token_T), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         own_CV: Tensor | None = None
