@@ -18,6 +18,7 @@ from tests.journal.parts import rollouts
 SUMMARY_KEYS = [
     "schema_version", "status", "preset", "task", "n", "k", "ci_method", "student_before", "student_after", "teacher",
     "gap_closed", "seconds", "seconds_by_phase", "tokens", "flops", "steps", "resumes", "stopped_by",
+    "limit",
 ]
 # fmt: on
 scores = st.floats(0, 1)

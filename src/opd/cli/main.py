@@ -82,6 +82,30 @@ def train(*items: Items, dry_run: bool = False) -> None:
 
 
 @app.command
+def roofline(*items: Items, answer_tokens: int | None = None, json: bool = False, again: bool = False) -> None:
+    """How fast a config could run on this machine, what bounds it, and which options would move that.
+
+    The machine is measured once, in about two seconds, and remembered. No weights are loaded.
+
+    Parameters
+    ----------
+    items
+        Config files and options, as for train.
+    answer_tokens
+        Length of an answer; else sampling.max_tokens.
+    json
+        Print everything as JSON.
+    again
+        Measure the machine anew: it was busy when it was measured, or has changed.
+    """
+    from opd.config.loading import load_config
+    from opd.wiring.roofline import roofline as show
+
+    files, overrides = split(items)
+    show(load_config(files, overrides).config, answer_tokens=answer_tokens, again=again, as_json=json)
+
+
+@app.command
 def resume(folder: Path, /, *items: Items) -> None:
     """Go on with a run that was killed or stopped, from its newest good checkpoint: opd resume runs/opd
 

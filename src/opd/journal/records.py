@@ -143,6 +143,7 @@ def summary_record(
     steps: int,
     resumes: int = 0,
     stopped_by: str | None = None,
+    limit: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """`summary.json`, the contract that others may rely on up to `steps`.
 
@@ -155,6 +156,12 @@ def summary_record(
     steps       steps of the loop, skipped ones included.
     resumes     how often the run was continued.
     stopped_by  what ended it before its last step, None for one that is done.
+    limit       how fast its machine could do these steps (`costs/roofline.py`), None where that was never measured:
+                seconds_per_step   the least that a step of this run's answers can take.
+                achieved           that, divided by what rollout, scoring and update did take.
+                bottleneck, bound  the part with most of the limit, and what bounds it: products, weights, cache,
+                                   states or link.
+                parts              least seconds of a step's rollout, scoring and update.
     """
     scores = {"student_before": student_before, "student_after": student_after, "teacher": teacher}
     means = [None if score is None else score["mean"] for score in scores.values()]
@@ -175,6 +182,7 @@ def summary_record(
         "steps": int(steps),
         "resumes": int(resumes),
         "stopped_by": stopped_by,
+        "limit": plain(limit),
     }
 
 

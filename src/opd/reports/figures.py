@@ -47,8 +47,8 @@ def counted(n: int, noun: str, form: str = "") -> str:
 
 
 def size(number: float) -> str:
-    """Bytes: 512 B, 1.5 MB, 23.4 GB (powers of ten)."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+    """Bytes: 512 B, 1.5 MB, 23.4 GB, 1.2 TB (powers of ten)."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= unit:
             return f"{number / unit:.1f} {name}"
     return f"{number:.0f} B"

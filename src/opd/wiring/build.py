@@ -9,13 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from opd.config.reads import writing_scorers
-from opd.config.schema import Config, Evals, Model, Sampling, Scorer, Task
+from opd.config.schema import Config, Evals, Model, Sampling, Scorer, Student, Task
 from opd.config.scorers import all_scorers, examined, loaded_as, option_of
 from opd.costs.size import ModelSize, model_size
 from opd.errors import BadInput, DataError, ModelError, OpdError
 from opd.evals.tasks import EvalTask
 from opd.grading.graders import check_rows, make_grader
-from opd.models.loading import check_loadable, generation_end_ids, read_config, tokenizer_source
+from opd.models.loading import (
+    check_loadable,
+    generation_end_ids,
+    pick_device,
+    pick_dtype,
+    read_config,
+    tokenizer_source,
+)
 from opd.objectives.objective import gate_scorers, target_scorers
 from opd.prompts.mixture import PromptStream
 from opd.prompts.sources import read_source
@@ -276,3 +283,15 @@ def _fits(role: str, model: Model, prompt_tokens: int, max_tokens: int, option: 
 def config_size(spec: Model, role: str, parameters: int | None = None) -> ModelSize:
     """The counts of a model from its config alone, or with its exact number of parameters."""
     return model_size(read_config(spec, role).to_dict(), parameters)
+
+
+def stored_type(spec: Student | Scorer) -> str:
+    """What the weights are kept in: what is trained in float32, what is only read in fewer bits."""
+    if isinstance(spec, Student) and spec.lora is None:
+        return "float32"
+    return compute_type(spec) if spec.quantisation == "none" else spec.quantisation
+
+
+def compute_type(spec: Model) -> str:
+    """What products run in: float32, bfloat16 or float16."""
+    return str(pick_dtype(spec.dtype, pick_device(spec.device))).removeprefix("torch.")

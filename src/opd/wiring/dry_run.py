@@ -9,13 +9,13 @@ from opd.config.behaviours import Mixture, writers
 from opd.config.objective import DataTerm, OutcomeTerm, Term
 from opd.config.presets import as_line
 from opd.config.reads import TEACHER, writing_scorers
-from opd.config.schema import Config, Model, Scorer, Student
+from opd.config.schema import Config, Scorer, Student
 from opd.config.scorers import COPIED, all_scorers, loaded_as
 from opd.config.slots import Sampled, TopK, Weighting
 from opd.costs.memory import available_memory, training_memory
 from opd.journal.folder import check as check_folder
 from opd.journal.folder import holds_results
-from opd.models.loading import adapter_targets, pick_device, pick_dtype, read_config
+from opd.models.loading import adapter_targets, pick_device, read_config
 from opd.prompts.mixture import PromptStream
 from opd.reports.figures import count, counted, percent
 from opd.reports.objective import shape_in_words, target_in_words
@@ -27,6 +27,7 @@ from opd.wiring.build import (
     PreparedTask,
     Texts,
     check_context,
+    compute_type,
     config_size,
     cut_answers,
     load_prompts,
@@ -34,6 +35,7 @@ from opd.wiring.build import (
     load_texts,
     read_prompts,
     scorer_role,
+    stored_type,
 )
 from opd.wiring.scorers import called
 from opd.wiring.writing import check_writers, make_rewards, one_answer
@@ -94,8 +96,8 @@ def _model(name: str, spec: Student | Scorer, role: str) -> str:
     size = config_size(spec, role)
     architecture = (read_config(spec, role).architectures or ["?"])[0]
     return (
-        f"{name}  {spec.model}  {architecture}, about {count(size.parameters)} parameters, {_stored(spec)} weights, "
-        f"{_dtype(spec)} compute, on {pick_device(spec.device)}"
+        f"{name}  {spec.model}  {architecture}, about {count(size.parameters)} parameters, "
+        f"{stored_type(spec)} weights, {compute_type(spec)} compute, on {pick_device(spec.device)}"
     )
 
 
@@ -104,7 +106,7 @@ def _own_memory(config: Config, scorer: Scorer) -> str:
         return "a float32 copy of its adapter" if config.student.lora is not None else "a float32 copy of its weights"
     if _shares(config, scorer):
         return "no weights of its own"
-    return f"loaded once more, {_stored(loaded_as(config, scorer))} weights"
+    return f"loaded once more, {stored_type(loaded_as(config, scorer))} weights"
 
 
 def _shares(config: Config, scorer: Scorer) -> bool:
@@ -215,11 +217,11 @@ def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
         if scorer.weights in COPIED:
             copies.append(name)
         else:
-            scorers[name] = config_size(spec, scorer_role(config, name)), _stored(spec)
+            scorers[name] = config_size(spec, scorer_role(config, name)), stored_type(spec)
     parts = training_memory(
         config_size(student, "student"),
         scorers,
-        student_dtype=_dtype(student),
+        student_dtype=compute_type(student),
         copies=copies,
         tokens_per_micro_batch=config.learner.tokens_per_micro_batch,
         chunk_tokens=config.learner.chunk_tokens,
@@ -227,7 +229,7 @@ def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
         max_len=prompts.longest + config.sampling.max_tokens,
         gradient_checkpointing=student.gradient_checkpointing,
         adapter=None if student.lora is None else adapter_targets(student).parameters(student.lora.rank),
-        student_weights=_stored(student),
+        student_weights=stored_type(student),
     )
     if device.type == "cuda":
         available: int | None = torch.cuda.mem_get_info(device)[0]
@@ -241,17 +243,6 @@ def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
             "student.gradient_checkpointing=true or a scorer's offload, or train an adapter (student.lora={})",
             "yellow",
         )
-
-
-def _stored(spec: Student | Scorer) -> str:
-    """What the weights are kept in: what is trained in float32, what is only read in fewer bits."""
-    if isinstance(spec, Student) and spec.lora is None:
-        return "float32"
-    return _dtype(spec) if spec.quantisation == "none" else spec.quantisation
-
-
-def _dtype(spec: Model) -> str:
-    return str(pick_dtype(spec.dtype, pick_device(spec.device))).removeprefix("torch.")
 
 
 def _first_prompt(texts: Texts, prompts: PromptStream, config: Config) -> list[str]:

@@ -16,8 +16,8 @@ from opd.evals.tasks import EvalResult, run_task
 from opd.models.loading import load_frozen
 from opd.reports.progress import RunView
 from opd.reports.table import scores
-from opd.rollouts.engine import EmbeddedEngine
 from opd.wiring.build import check_task_context, load_format, load_tasks
+from opd.wiring.writing import student_engine
 
 SHORT = ("task", "grader", "samples", "max_tokens", "temperature", "answer_column")
 
@@ -42,12 +42,8 @@ def evaluate_model(
     tasks = load_tasks(config.evals)
     try:
         check_task_context(config, "student", config.student, fmt, tasks)
-        engine = EmbeddedEngine(
-            load_frozen(config.student, fmt.tokenizer.vocab_size, role="student"),
-            seed=config.run.seed,
-            slots=config.engine.slots,
-            path=config.engine.path,
-        )
+        student = load_frozen(config.student, fmt.tokenizer.vocab_size, role="student")
+        engine = student_engine(config, student, seed=config.run.seed)
         results = []
         with RunView(console=console) as view:
             view.start(0, [f"model {model}"])

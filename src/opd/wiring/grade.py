@@ -36,7 +36,7 @@ from opd.wiring.build import load_format, render
 from opd.wiring.transcripts import Answer, Answers, Transcript, read_transcript
 
 STUDENT = "student"
-_LEARNER = ("chunk_tokens", "tokens_per_micro_batch")
+_LEARNER = ("chunk_tokens", "tokens_per_micro_batch", "share_prompts")
 _STUDENT_OPTIONS = tuple(name for name in Model.model_fields if name != "model")
 _TEACHER_OPTIONS = (*_STUDENT_OPTIONS, "offload", "quantisation")
 
@@ -333,7 +333,7 @@ def _check_lengths(name: str, spec: Model, fmt: PromptFormat, rollouts_N: Sequen
 
 
 def _load(asked: _Asked, reading: _Reading) -> dict[str, LocalTeacher]:
-    size, chunk = reading.first.tokenizer.vocab_size, asked.config.learner.chunk_tokens
+    size, learner = reading.first.tokenizer.vocab_size, asked.config.learner
     prompts = [rollout.prompt for rollout in reading.rollouts_N[:4]]
     readers = {}
     for name, spec in asked.specs.items():
@@ -341,7 +341,7 @@ def _load(asked: _Asked, reading: _Reading) -> dict[str, LocalTeacher]:
         if name == STUDENT:
             model = load()
             next_token_logits(model, model.head, [prompt.ids for prompt in prompts])
-            readers[name] = writer(model, fmt, chunk_tokens=chunk)
+            readers[name] = writer(model, fmt, chunk_tokens=learner.chunk_tokens, share_prompts=learner.share_prompts)
             continue
         assert isinstance(spec, Scorer)
         readers[name] = LocalTeacher(
@@ -350,7 +350,8 @@ def _load(asked: _Asked, reading: _Reading) -> dict[str, LocalTeacher]:
             reading.agreements[name],
             name=name,
             temperature=1.0,
-            chunk_tokens=chunk,
+            chunk_tokens=learner.chunk_tokens,
+            share_prompts=learner.share_prompts,
         )
         readers[name].check(prompts)
     return readers

@@ -59,6 +59,7 @@ class Scorers:
             name=name,
             temperature=objective.teacher_temperature if scorer.temperature is None else scorer.temperature,
             chunk_tokens=self._config.learner.chunk_tokens,
+            share_prompts=self._config.learner.share_prompts,
         )
 
     def _weights(self, name: str, scorer: Scorer, student: CausalLM) -> CausalLM | Residence:

@@ -27,6 +27,7 @@ from opd.models.sanity import next_token_logits
 from opd.models.saving import export_form, recover, save_model
 from opd.objectives.objective import Objective
 from opd.reports.figures import counted
+from opd.reports.limit import speed_line
 from opd.reports.model_card import model_card
 from opd.reports.progress import RunView
 from opd.reports.table import results
@@ -34,6 +35,7 @@ from opd.reports.trackers import Tracker, open_tracker
 from opd.rollouts.engine import EmbeddedEngine
 from opd.stopping import Stopping
 from opd.types import Rollout, SamplingParams, StepReport
+from opd.wiring.achieved import LONG, achieved
 from opd.wiring.alarms import Alarms
 from opd.wiring.build import PreparedTask, Texts, config_size, cut_answers, exam_format, read_prompts
 from opd.wiring.exams import Exams, interval
@@ -41,7 +43,7 @@ from opd.wiring.keeping import Keeping
 from opd.wiring.scorers import Scorers, called
 from opd.wiring.starting import Start, same_run
 from opd.wiring.viewing import Viewing
-from opd.wiring.writing import make_sampler
+from opd.wiring.writing import make_sampler, student_engine
 
 
 @dataclass(frozen=True)
@@ -212,11 +214,16 @@ class Session:
         self.stopped_by = None if error is None else str(error)
         if error is not None:
             self.folder.log_event(steps, "stop", f"{status}: {error}")
-        summary = self._summary(status)
+        summary = self._summary(status, self._limit())
         self.folder.write_summary(summary)
+        if status == "done" and summary["limit"] is None and self.ledger.elapsed > LONG:
+            summary["limit"] = self._limit(measure=True)
+            self.folder.write_summary(summary)
         self.tracker.close(status)
         self.view.finish()
         results(summary, self.view.console, folder=self.folder.path)
+        if (speed := speed_line(summary)) is not None:
+            self.view.message(speed)
         report(self.folder.path, self.view)
         if error is not None:
             raise error
@@ -230,8 +237,7 @@ class Session:
         return f"{done}; the student so far is in {self.folder.final}; {on}" if self.learner.step else f"{done}; {on}"
 
     def _engine(self, model: CausalLM) -> EmbeddedEngine:
-        engine = self.config.engine
-        return EmbeddedEngine(model, seed=self.config.run.seed, slots=engine.slots, path=engine.path)
+        return student_engine(self.config, model, seed=self.config.run.seed)
 
     def _rooms(self) -> Rooms:
         config = self.config
@@ -369,7 +375,11 @@ class Session:
         )
         (self.folder.final / "README.md").write_text(card, encoding="utf-8")
 
-    def _summary(self, status: Status) -> dict[str, Any]:
+    def _limit(self, *, measure: bool = False) -> dict[str, Any] | None:
+        parts = (self.config, self.texts, self.prompts, self.folder.path, self.ledger, self._rooms)
+        return achieved(*parts, measure=measure)
+
+    def _summary(self, status: Status, limit: dict[str, Any] | None = None) -> dict[str, Any]:
         before, teacher = self.exams.of_first(0), self.exams.of_first(0, "teacher")
         after = self.exams.of_first(self.config.run.steps)
         return summary_record(
@@ -389,6 +399,7 @@ class Session:
             steps=self.learner.step,
             resumes=self.start.resumes,
             stopped_by=self.stopped_by,
+            limit=limit,
         )
 
     def _headline(self) -> list[str]:

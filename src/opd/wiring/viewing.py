@@ -68,6 +68,7 @@ class Viewing:
             name="student",
             temperature=config.objective.student_temperature,
             chunk_tokens=config.learner.chunk_tokens,
+            share_prompts=config.learner.share_prompts,
         )
         record = read_answers(
             rollouts_N,

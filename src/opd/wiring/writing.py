@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from opd.config.behaviours import (
     Behaviour,
     Cached,
@@ -23,6 +25,7 @@ from opd.errors import ConfigError, DataError
 from opd.grading.graders import check_rows, make_grader
 from opd.journal.reader import read_config
 from opd.loop.rewards import AnswerRewards
+from opd.models.causal import CausalLM
 from opd.prompts.mixture import PromptStream
 from opd.protocols import Sampler
 from opd.rollouts.cached import CachedAnswers
@@ -142,6 +145,16 @@ def _part(
 ) -> Part:
     one = isinstance(writer, DatasetWrites)
     return Part(_sampler(config, writer, engine, scorers), share=share, one_answer=one)
+
+
+def student_engine(config: Config, model: CausalLM, *, seed: int) -> EmbeddedEngine:
+    """The engine that the student writes with, as `engine` in the config says.
+
+    ModelError when engine.path or engine.dtype asks for what this model cannot do.
+    """
+    asked = config.engine
+    dtype = None if asked.dtype == "auto" else getattr(torch, asked.dtype)
+    return EmbeddedEngine(model, seed=seed, slots=asked.slots, path=asked.path, compute_dtype=dtype)
 
 
 def _sampler(config: Config, writer: Writer, engine: EmbeddedEngine, scorers: Mapping[str, WritingScorer]) -> Sampler:
