@@ -88,9 +88,18 @@ def teacher(
     *,
     temperature: float = 1.0,
     name: str = "teacher",
+    share_prompts: bool = True,
 ) -> LocalTeacher:
     agreement = compare(student_fmt or fmt, fmt)
-    return LocalTeacher(model, fmt, agreement, name=name, temperature=temperature, chunk_tokens=16)
+    return LocalTeacher(
+        model,
+        fmt,
+        agreement,
+        name=name,
+        temperature=temperature,
+        chunk_tokens=16,
+        share_prompts=share_prompts,
+    )
 
 
 def panel(*teachers: LocalTeacher) -> Panel:

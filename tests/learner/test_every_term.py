@@ -94,7 +94,8 @@ def test_M_09_masked_tokens_get_no_gradient_for_any_discount(parts, monkeypatch,
 
     monkeypatch.setattr(CausalLM, "hidden", kept)
     own = [r for r in made if r.behaviour == "student"]
-    gradient(student, {**SAMPLED, **OWN, "credit": {"discount": discount, "now": now}}, own, teacher)
+    term = {**SAMPLED, **OWN, "credit": {"discount": discount, "now": now}}
+    gradient(student, term, own, teacher, learner={"share_prompts": False})  # all states in one rectangle
     (states,) = seen
     (group,) = plan(own, 10_000)
     for n, r in enumerate(group):

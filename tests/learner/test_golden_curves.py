@@ -146,7 +146,15 @@ def curve(name: str) -> dict[str, list[float]]:
     rows = [Row(id=key, domain="mc"[n % 2], prompt="?") for n, key in enumerate(ids)]
     fmt, student = Bare(ids), model("student")
     others = [
-        LocalTeacher(model(key), fmt, Agreement(vocab_size=VOCAB), name=key, temperature=1.0, chunk_tokens=16)  # pyright: ignore[reportArgumentType]
+        LocalTeacher(
+            model(key),
+            fmt,  # pyright: ignore[reportArgumentType]
+            Agreement(vocab_size=VOCAB),
+            name=key,
+            temperature=1.0,
+            chunk_tokens=16,
+            share_prompts=False,
+        )
         for key in SEEDS
         if key != "student"
     ]
@@ -154,7 +162,7 @@ def curve(name: str) -> dict[str, list[float]]:
         student,
         ObjectiveSpec(behaviour=preset.behaviour, terms=preset.terms),
         tokens_per_micro_batch=60,
-        learner={"updates_per_batch": updates},
+        learner={"updates_per_batch": updates, "share_prompts": False},
         optim={"lr": 1e-2},
     )
     params = SamplingParams(max_tokens=TOKENS, samples_per_prompt=3, stop_ids=tuple(range(0, VOCAB, 9)))

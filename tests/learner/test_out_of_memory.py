@@ -10,7 +10,6 @@ import torch
 from opd.errors import ModelError
 from opd.learner import learner as room
 from opd.models.causal import CausalLM
-from opd.models.packing import plan
 from opd.objectives.kernels.choice import TILED
 from tests import rooms
 
@@ -20,12 +19,12 @@ def scarce(monkeypatch, *, tokens: int = 10**9, chunk: int = 10**9) -> list[int]
     hidden = CausalLM.hidden
     tried: list[int] = []
 
-    def small(self, ids_NS, attention_NS, positions_NS):
+    def small(self, ids_NS, attention_NS, positions_NS, cache=None):
         if torch.is_grad_enabled():
             tried.append(ids_NS.numel())
             if ids_NS.numel() > tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
-        return hidden(self, ids_NS, attention_NS, positions_NS)
+        return hidden(self, ids_NS, attention_NS, positions_NS, cache)
 
     def short(*args, chunk_tokens, **kwargs):
         if chunk_tokens > chunk:
@@ -44,19 +43,21 @@ def gradient(learner, rollouts, teacher) -> torch.Tensor:
     return rooms.gradient(learner.model)
 
 
-def test_the_gradient_is_the_same_and_the_limit_stays_low(monkeypatch) -> None:
+@pytest.mark.parametrize("share", [False, True])
+def test_the_gradient_is_the_same_and_the_limit_stays_low(share: bool, monkeypatch) -> None:
     fmt, said = rooms.prompt_format(), []
     student, teacher = rooms.causal(), rooms.teacher(rooms.causal("llama", seed=1), fmt)
     rollouts = rooms.rollouts(student, fmt, samples=4)
-    reference = gradient(rooms.learner(student), rollouts, teacher)
-    whole = sum(
-        len(group) * max(len(r.prompt.ids) + len(r.response_ids) for r in group) for group in plan(rollouts, 10**9)
-    )
-    tried = scarce(monkeypatch, tokens=whole // 3, chunk=40)
-    learner = rooms.learner(student, learner={"chunk_tokens": 512})
+    reference = gradient(rooms.learner(student, learner={"share_prompts": False}), rollouts, teacher)
+    whole = scarce(monkeypatch)
+    gradient(rooms.learner(student, learner={"share_prompts": share}), rollouts, teacher)
+    assert share == (len(whole) > 1), "prompts and answers are passes of their own"
+    most = max(whole) // 3
+    tried = scarce(monkeypatch, tokens=most, chunk=40)
+    learner = rooms.learner(student, learner={"chunk_tokens": 512, "share_prompts": share})
     learner._on_less = said.append
     assert rooms.distance(gradient(learner, rollouts, teacher), reference) < 1e-5
-    assert max(tried) > whole // 3 >= tried[-1], "a pass was tried that did not fit"
+    assert max(tried) > most >= tried[-1], "a pass was tried that did not fit"
     assert learner.lowered() == {"tokens_per_micro_batch": learner.tokens_per_micro_batch, "chunk_tokens": 32}
     assert said and all("the gradient stays the same" in text for text in said)
     tries = len(said)

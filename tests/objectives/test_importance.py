@@ -22,7 +22,7 @@ PROXIMAL = torch.tensor([-1.2, -2.1, -8.0, -0.6, -1.9], dtype=torch.float64)
 def known(rule: dict, *, proximal=PROXIMAL, strength=None) -> list[float] | None:
     ratio = known_ratio(
         RULE.validate_python(rule), logprob_T=NOW, behaviour_T=SAMPLER, proximal_T=proximal, strength_T=strength,
-        trained_T=TRAINED, row_T=ROW,
+        trained_T=TRAINED, row_T=ROW, rows=2,
     )  # fmt: skip
     return None if ratio is None else ratio.tolist()
 

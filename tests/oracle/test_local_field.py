@@ -92,6 +92,7 @@ def test_O_01_O_02_expected_gradient_is_the_exact_local_field(name: str, kind: s
         name="teacher",
         temperature=1.0,
         chunk_tokens=4,
+        share_prompts=True,
     )
     exact = expected = torch.zeros(())
     total = 0.0

@@ -123,7 +123,8 @@ def record(folder: Path) -> dict[str, Any]:
         kept[str(path.relative_to(folder))] = path.read_bytes()
     kept["best"] = {p.name: p.read_bytes() for p in sorted((folder / "best").glob("*.safetensors"))}
     summary = json.loads((folder / "summary.json").read_text())
-    kept["summary"] = {k: v for k, v in summary.items() if not k.startswith("seconds") and k != "resumes"}
+    clocks = {key for key in summary if key.startswith("seconds")} | {"resumes", "limit"}
+    kept["summary"] = {k: v for k, v in summary.items() if k not in clocks}
     return kept
 
 

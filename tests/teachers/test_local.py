@@ -126,7 +126,7 @@ def test_X_01_scores_that_fail_at_other_places_in_every_pass_are_all_left_out(pa
 
         def release(self) -> None: ...
 
-    learner = rooms.learner(student)
+    learner = rooms.learner(student, learner={"share_prompts": False})  # one micro-batch, so that a pull is a pass
     flaky = Flaky()
     metrics = learner.gradients(made, flaky)
     assert metrics["invalid_scores"] == 3 * len(made), "two passes and the one that found the third place"

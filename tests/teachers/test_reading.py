@@ -35,7 +35,15 @@ def read(rollouts: list[Rollout], readers: dict, student: str | None = None, bud
 
 def reader(model, fmt, student_fmt=None, *, name="teacher", temperature=1.0, chunk_tokens=7) -> LocalTeacher:
     agreement = compare(student_fmt or fmt, fmt)
-    return LocalTeacher(model, fmt, agreement, name=name, temperature=temperature, chunk_tokens=chunk_tokens)
+    return LocalTeacher(
+        model,
+        fmt,
+        agreement,
+        name=name,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+        share_prompts=True,
+    )
 
 
 @torch.no_grad()
@@ -51,7 +59,10 @@ def test_numbers_are_those_of_the_model_alone(kind: str) -> None:
     fmt = rooms.prompt_format()
     student, teacher = rooms.causal(seed=0), rooms.causal(kind, seed=1)
     rollouts = rooms.rollouts(student, fmt, samples=1, max_tokens=9)
-    readers = {"q": reader(teacher, fmt, name="q", temperature=0.7), "p": writer(student, fmt, chunk_tokens=5)}
+    readers = {
+        "q": reader(teacher, fmt, name="q", temperature=0.7),
+        "p": writer(student, fmt, chunk_tokens=5, share_prompts=True),
+    }
     record = read(rollouts, readers, "p")
     assert record["student"] == "p" and record["teachers"] == ["q"] and list(record["readers"]) == ["p", "q"]
     for rollout, answer in zip(rollouts, record["answers"], strict=True):
@@ -82,7 +93,10 @@ def test_batching_padding_and_chunks_change_nothing(budget: int, monkeypatch) ->
     rollouts = rooms.rollouts(student, fmt, samples=2)
 
     def both(chunk: int) -> dict:
-        return {"p": writer(student, fmt, chunk_tokens=chunk), "q": reader(teacher, fmt, name="q", chunk_tokens=chunk)}
+        return {
+            "p": writer(student, fmt, chunk_tokens=chunk, share_prompts=True),
+            "q": reader(teacher, fmt, name="q", chunk_tokens=chunk),
+        }
 
     alone = [read([rollout], both(10_000), "p")["answers"][0] for rollout in rollouts]
     sizes: list[int] = []
@@ -144,7 +158,10 @@ def test_what_is_not_finite_is_missing_and_the_rest_stays(broken: float, monkeyp
         return states_NSD
 
     rollout = rooms.answer(rooms.prompts(fmt)[0], [5, 6, 7], [-1.0] * 3)
-    readers = {"q": reader(model, fmt, name="q"), "p": writer(rooms.causal(seed=0), fmt, chunk_tokens=9)}
+    readers = {
+        "q": reader(model, fmt, name="q"),
+        "p": writer(rooms.causal(seed=0), fmt, chunk_tokens=9, share_prompts=True),
+    }
     whole = read([rollout], readers, "p")["answers"][0]
     monkeypatch.setattr(model, "hidden", behind_6)
     (answer,) = read([rollout], readers, "p")["answers"]

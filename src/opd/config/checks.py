@@ -184,6 +184,12 @@ def student_rules(config: Config) -> Iterator[Problem]:
         yield Problem("student.lora.save", what, "merged", allowed="auto or adapter")
 
 
+def engine_rules(config: Config) -> Iterator[Problem]:
+    if config.engine.path == "generic" and config.engine.dtype != "auto":
+        what = "engine.path is generic: the model's own forward computes in student.dtype"
+        yield Problem("engine.dtype", what, config.engine.dtype, allowed="auto; or engine.path: lean")
+
+
 def optim_rules(config: Config) -> Iterator[Problem]:
     optim, steps = config.optim, config.run.steps
     if optim.schedule == "constant" and optim.final_lr_fraction != 0:
@@ -220,6 +226,7 @@ def tracking_rules(config: Config) -> Iterator[Problem]:
 RULES = (
     objective_rules,
     student_rules,
+    engine_rules,
     scorer_rules,
     sampling_rules,
     reward_rules,

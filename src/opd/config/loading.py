@@ -34,7 +34,7 @@ NOT_IN_HASH = ("run.folder", "run.log_every", "run.existing", "checkpoints", "vi
 CHANGEABLE = (
     *("run.folder", "run.existing", "run.log_every", "run.steps", "run.threads", "optim.lr", "optim.clip_norm"),
     *("optim.final_lr_fraction", "learner.tokens_per_micro_batch", "learner.chunk_tokens", "learner.max_bad_steps"),
-    "learner.kernel",
+    *("learner.kernel", "learner.share_prompts"),
     *("evals.every", "evals.workers", "checkpoints.", "views.", "guards.", "tracking.", "engine."),
     *("student.device", "student.gradient_checkpointing", "teacher.device", "teacher.offload"),
 )

@@ -162,6 +162,14 @@ class Engine(Spec):
         default="auto",
         description="lean: our decoder, for the architectures it knows; generic: the model's own forward",
     )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description=(
+            "what the student writes in; auto: its compute type. bfloat16 is faster on processors and devices with "
+            "native products; how far it is from what is trained is measured as `policy_gap`, and weighted where the "
+            "objective has importance weights"
+        ),
+    )
 
 
 # ---- grading and evals ------------------------------------------------------------------------------------------
@@ -265,6 +273,11 @@ class Learner(Spec):
         default=512,
         ge=1,
         description="tokens whose logits exist at the same time; at most this many x vocabulary floats, or 4 MB",
+    )
+    share_prompts: bool = Field(
+        default=True,
+        description="a prompt with several answers is read once, in training and in scoring; no result depends on it "
+        "beyond rounding",
     )
     kernel: Literal["auto", "tiled", "triton"] = Field(
         default="auto",

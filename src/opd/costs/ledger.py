@@ -6,7 +6,8 @@ Operations are counted from shapes, the same on every machine, as multiply and a
               + 4 x attention layers x attention width for every pair of a token and a token it attends to
     training  three times that (a backward pass is two forward passes)
 
-Recomputation under gradient checkpointing is not counted: it is a way to do the work, not more work. A sliding window
+Recomputation under gradient checkpointing is not counted, and a prompt that is read once for several answers counts for
+each: they are ways to do the work, not more or less work. A sliding window
 counts as full attention, and the head as if it were applied to prompt tokens too: both make the figure an upper bound.
 """
 

@@ -123,7 +123,7 @@ class GradientNoise:
     def watch(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Around one backward pass: notes the squared norm of what it adds, in no memory of its own."""
         parts: list[Tensor] = []
-        hooks = [p.register_hook(lambda g: parts.append(g.detach().double().square().sum())) for p in parameters]
+        hooks = [p.register_hook(lambda g: parts.append(_square(g))) for p in parameters]
         try:
             yield
         finally:
@@ -134,7 +134,7 @@ class GradientNoise:
 
     def end(self, parameters: Sequence[nn.Parameter]) -> None:
         """After the last backward pass: the gradients are whole."""
-        parts = [p.grad.detach().double().square().sum() for p in parameters if p.grad is not None]
+        parts = [_square(p.grad) for p in parameters if p.grad is not None]
         if parts:
             self._total = torch.stack([part.to(parts[0].device) for part in parts]).sum()
 
@@ -148,6 +148,11 @@ class GradientNoise:
         if not variance > 0:
             return None
         return max(square_mean - variance / n, 0.0) / (variance / n)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """Its squared norm, added up in float64 without a copy of it."""
+    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).square()
 
 
 def _tenth(batch: Batch) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd.types import Batch, ScorerRows
+from opd.types import Batch, Rollout, ScorerRows
 
 Invalid = dict[str, dict[str, NDArray[np.bool_]]]  # scorer to rollout id to bool [T]
 
@@ -25,17 +25,38 @@ def read_and_valid(batch: Batch, scorer: ScorerRows) -> tuple[Tensor, Tensor]:
     return read_T, valid_T
 
 
-def note_invalid(batch: Batch, scorers: Sequence[ScorerRows], found: Invalid) -> None:
-    """Adds to `found`, by rollout, the tokens that may be trained and came back without a usable score."""
-    for scorer in scorers:
-        read_T, valid_T = read_and_valid(batch, scorer)
-        bad_T = (batch.mask_T & read_T & ~valid_T).cpu().numpy()
-        if not bad_T.any():
-            continue
-        ends = np.cumsum([len(r.response_ids) for r in batch.rollouts])[:-1]
-        for rollout, part_T in zip(batch.rollouts, np.split(bad_T, ends), strict=True):
-            if part_T.any():
-                found.setdefault(scorer.name, {})[rollout.id] = part_T.copy()
+class Findings:
+    """The tokens of a step that may be trained and came back without a usable score.
+
+    They stay on their device until all micro-batches are under way: reading them one by one would make the host wait
+    for each before it can ask for the next.
+    """
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[str, tuple[Rollout, ...], Tensor]] = []
+
+    def note(self, batch: Batch, scorers: Sequence[ScorerRows]) -> None:
+        """Adds what scorers said about one micro-batch."""
+        for scorer in scorers:
+            read_T, valid_T = read_and_valid(batch, scorer)
+            self._noted.append((scorer.name, batch.rollouts, batch.mask_T & read_T & ~valid_T))
+
+    def read(self) -> Invalid:
+        """All of it, by scorer and rollout; only those with such a token are there."""
+        found: Invalid = {}
+        if not self._noted:
+            return found
+        bad = torch.cat([bad_T for _, _, bad_T in self._noted]).cpu().numpy()
+        if not bad.any():
+            return found
+        start = 0
+        for name, rollouts, _ in self._noted:
+            for rollout in rollouts:
+                part_T = bad[start : start + len(rollout.response_ids)]
+                start += len(part_T)
+                if part_T.any():
+                    found.setdefault(name, {})[rollout.id] = part_T.copy()
+        return found
 
 
 def merge(found: Invalid, known: Invalid) -> bool:

@@ -15,17 +15,20 @@ from opd.config.schema import Learner as LearnerSpec
 from opd.config.schema import Optim
 from opd.errors import ModelError, NothingToTrain, TrainingDiverged
 from opd.learner.diagnostics import Diagnostics
-from opd.learner.evidence import Invalid, merge, note_invalid
+from opd.learner.evidence import Findings, Invalid, merge
 from opd.learner.optim import learning_rate, make_optimizer
 from opd.learner.tally import Tally
+from opd.models.answer_states import answer_states, can_share
 from opd.models.causal import CausalLM
 from opd.models.packing import pack, plan
 from opd.models.weights import ModuleWeights
 from opd.objectives.kernels.choice import choose_kernel
 from opd.objectives.kernels.rows import TermRows, TokenRows, TokenValues
+from opd.objectives.kernels.scratch import Scratch
 from opd.objectives.objective import Objective
 from opd.objectives.plan import StepPlan
 from opd.objectives.selection import TokenLook
+from opd.objectives.transfer import onto
 from opd.protocols import EvidenceHandle
 from opd.types import Batch, Rollout, ScorerRows, StepReport, Want
 
@@ -40,7 +43,7 @@ class _Pass:
     wants      scorer to what is asked of it.
     plan       what every term trains.
     proximal   the student's log-probabilities at the first update on these answers; None: this is it.
-    found      filled with tokens that scorers said nothing usable about.
+    found      noted are tokens that scorers said nothing usable about.
     """
 
     evidence: EvidenceHandle | None
@@ -48,7 +51,7 @@ class _Pass:
     plan: StepPlan
     proximal: Logprobs | None
     tally: Tally
-    found: Invalid
+    found: Findings
 
 
 class LocalLearner:
@@ -83,6 +86,7 @@ class LocalLearner:
         self.model = model
         self.objective = objective
         self.optimizer = make_optimizer(model, optim)
+        model.goes_through_head = True
         self.step = 0
         self.updates = 0
         self.bad_in_a_row = 0
@@ -90,6 +94,7 @@ class LocalLearner:
         self.tokens_per_micro_batch = spec.tokens_per_micro_batch
         self.chunk_tokens = spec.chunk_tokens
         self.kernel = choose_kernel(spec.kernel, model.device)
+        self._scratch = Scratch() if model.device.type == "cpu" else None  # torch keeps a device's memory itself
         self._optim = optim
         self._spec = spec
         self._total_updates = total_steps * spec.updates_per_batch
@@ -166,17 +171,17 @@ class LocalLearner:
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             tally = Tally(Diagnostics() if diagnostics else None)
-            found: Invalid = {}
+            found = Findings()
             full: str | None = None
             whole = self.objective.plan(self.step, rollouts_N, invalid)
             try:
                 if self.objective.looks == "step":
-                    look = _Pass(evidence, wants, whole, proximal, tally, found)
+                    look = _Pass(evidence, wants, whole, proximal, tally, Findings())
                     looks = self._look_at_step(rollouts_N, look)
-                    merge(found, invalid)
+                    merge(look.found.read(), invalid)
                     whole = self.objective.plan(self.step, rollouts_N, invalid, looks)
                 made = _Pass(evidence, wants, whole, proximal, tally, found)
-                for group in plan(rollouts_N, self.tokens_per_micro_batch):
+                for group in self._groups(rollouts_N):
                     self._micro_batch(group, made)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -185,7 +190,7 @@ class LocalLearner:
             if full is not None:  # outside the except block: the error holds the tensors of the frames it came from
                 self._take_less(rollouts_N, full)
                 continue
-            if not merge(found, invalid):
+            if not merge(found.read(), invalid):
                 if tally.diagnostics is not None:
                     tally.diagnostics.noise.end(self._trained())
                 return tally.metrics(rollouts_N, whole, invalid), tally
@@ -193,6 +198,8 @@ class LocalLearner:
     def _take_less(self, rollouts_N: Sequence[Rollout], said: str) -> None:
         """Halves micro-batches, and then tiles, until a single short tile of the longest answer does not fit."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self._scratch is not None:
+            self._scratch.clear()
         torch.cuda.empty_cache()
         longest = max(len(r.prompt.ids) + len(r.response_ids) for r in rollouts_N)
         padded = len(rollouts_N) * longest
@@ -212,7 +219,7 @@ class LocalLearner:
             self._on_less(f"out of memory: {what}; the gradient stays the same")
 
     def _micro_batch(self, group: list[Rollout], made: _Pass) -> None:
-        batch = pack(group, device=self.model.device, side=self._padding_side)
+        batch = pack(group, device=self.model.device)
         planned = made.plan.here(batch)
         if not planned and not self.objective.reads_proximal:
             return
@@ -238,6 +245,7 @@ class LocalLearner:
             student_temperature=self.objective.spec.student_temperature,
             chunk_tokens=self.chunk_tokens,
             diagnostics=made.tally.diagnostics is not None,
+            scratch=self._scratch,
         )
         if made.tally.diagnostics is None:
             loss.backward()
@@ -249,16 +257,20 @@ class LocalLearner:
 
     def _look_at_step(self, rollouts_N: Sequence[Rollout], made: _Pass) -> dict[str, TokenLook]:
         """What the student thinks of every token of the step, and how far it is from the targets, without gradients."""
-        looks: dict[str, TokenLook] = {}
-        for group in plan(rollouts_N, self.tokens_per_micro_batch):
-            batch = pack(group, device=self.model.device, side=self._padding_side)
+        seen: list[tuple[Batch, TokenValues]] = []
+        for group in self._groups(rollouts_N):
+            batch = pack(group, device=self.model.device)
             rows = made.plan.looks(batch, torch.promote_types(self.model.compute_dtype, torch.float32))
             scorers = self._pull(batch, made) if rows else []
             with torch.no_grad():
-                values = self._look(batch, self._hidden(batch), rows, scorers, None)
+                seen.append((batch, self._look(batch, self._hidden(batch), rows, scorers, None)))
+        columns = [x for _, v in seen for x in (v.entropy_T, *(term.value_T for term in v.terms.values()))]
+        read = iter(torch.cat(columns).cpu().split([len(x) for x in columns]))  # one wait, when all are under way
+        looks: dict[str, TokenLook] = {}
+        for batch, values in seen:
             ends = np.cumsum([len(r.response_ids) for r in batch.rollouts])[:-1]
-            entropy = np.split(values.entropy_T.cpu().numpy(), ends)
-            far = {name: np.split(seen.value_T.cpu().numpy(), ends) for name, seen in values.terms.items()}
+            entropy = np.split(next(read).numpy(), ends)
+            far = {name: np.split(next(read).numpy(), ends) for name in values.terms}
             for n, rollout in enumerate(batch.rollouts):
                 looks[rollout.id] = TokenLook(entropy[n], {name: parts[n] for name, parts in far.items()})
         return looks
@@ -279,11 +291,19 @@ class LocalLearner:
             scorers,
             student_temperature=self.objective.spec.student_temperature,
             chunk_tokens=self.chunk_tokens,
+            scratch=self._scratch,
         )
 
     def _hidden(self, batch: Batch) -> Tensor:
-        hidden_NSD = self.model.hidden(batch.ids_NS, batch.attention_NS, batch.positions_NS)
-        return hidden_NSD[batch.row_T, batch.column_T]
+        prompts, answers = [r.prompt.ids for r in batch.rollouts], [r.response_ids for r in batch.rollouts]
+        return answer_states(self.model, prompts, answers, share=self._shares, side=self._padding_side)
+
+    @property
+    def _shares(self) -> bool:
+        return self._spec.share_prompts and can_share(self.model)
+
+    def _groups(self, rollouts_N: Sequence[Rollout]) -> list[list[Rollout]]:
+        return plan(rollouts_N, self.tokens_per_micro_batch, share_prompts=self._shares)
 
     def _pull(self, batch: Batch, made: _Pass) -> list[ScorerRows]:
         ids = {r.id for r in batch.rollouts}
@@ -292,7 +312,7 @@ class LocalLearner:
             return []
         assert made.evidence is not None, f"the objective reads {', '.join(wants)}, but the loop gave no evidence"
         scorers = made.evidence.pull(batch, wants)
-        note_invalid(batch, scorers, made.found)
+        made.found.note(batch, scorers)
         return scorers
 
     def _trained(self) -> list[torch.nn.Parameter]:
@@ -339,7 +359,7 @@ class LocalLearner:
 
 def _flat(batch: Batch, by_id: Logprobs) -> Tensor:
     """[T]: numbers of every rollout, in the order of a micro-batch's tokens."""
-    return torch.from_numpy(np.concatenate([by_id[r.id] for r in batch.rollouts])).to(batch.token_T.device)
+    return onto(np.concatenate([by_id[r.id] for r in batch.rollouts]), batch.token_T.device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

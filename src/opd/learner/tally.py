@@ -18,6 +18,7 @@ from opd.learner.evidence import Invalid, read_and_valid
 from opd.objectives.importance import clipped, weighting
 from opd.objectives.kernels.rows import TermRows, TokenValues
 from opd.objectives.plan import PlannedTerm, StepPlan
+from opd.objectives.transfer import onto
 from opd.types import Batch, Rollout, ScorerRows, TokenScores
 
 
@@ -29,7 +30,6 @@ class Tally:
 
     def __init__(self, diagnostics: Diagnostics | None = None) -> None:
         self.diagnostics = diagnostics
-        self._loss: list[Tensor] = []
         self._sums: dict[str, list[Tensor]] = {}
         self._rollouts: list[Rollout] = []
         self._tokens: list[Tensor] = []
@@ -49,7 +49,7 @@ class Tally:
         any_T = torch.zeros_like(batch.mask_T)
         for trained_T in trained.values():
             any_T = any_T | trained_T
-        self._loss.append(loss)
+        self._append("loss", loss)
         self._rollouts += batch.rollouts
         for name in ("entropy", "student_logprob"):
             self._mean(name, values.entropy_T if name == "entropy" else values.logprob_T, any_T)
@@ -95,18 +95,16 @@ class Tally:
         policy_gap, policy_gap_max      |log p now - log p when drawn| of the student's own tokens: 0 when on-policy
                                         and drawn from the whole distribution at the objective's temperature
         """
-        sums = {key: float(torch.stack(values).sum()) for key, values in self._sums.items() if "!" not in key}
+        read = self._read()
+        sums = {key: total for key, (total, *_) in read.items() if "!" not in key}
         trained = sums.pop("trained", 0.0)
-        metrics = {"loss": float(torch.stack(self._loss).sum()) if self._loss else 0.0}
+        metrics = {"loss": sums.pop("loss", 0.0)}
         for key, total in sums.items():
             if key.endswith("#"):
                 continue
             if count := sums.get(f"{key}#", 0.0):
                 metrics[key] = total / count
-        for key, (total, squared, count) in self._weights().items():
-            if count:
-                metrics[f"{key}/ess"] = total**2 / (count * squared) if squared else 0.0
-        metrics |= self._spreads()
+        metrics |= _effective(read) | _spreads(read)
         metrics |= plan.metrics()
         metrics["trained_tokens"] = trained
         metrics["masked_tokens"] = float(sum(len(r.mask) for r in rollouts_N)) - trained
@@ -114,7 +112,7 @@ class Tally:
         metrics |= {f"scorer/{name}/invalid": count for name, count in lost.items()}
         metrics["invalid_scores"] = sum(lost.values())
         if "policy_gap" in metrics:
-            metrics["policy_gap_max"] = float(torch.stack(self._sums["policy_gap_max!"]).max())
+            metrics["policy_gap_max"] = read["policy_gap_max!"][0]
         return metrics | (self.diagnostics.metrics() if self.diagnostics is not None else {})
 
     def scores(self) -> dict[str, TokenScores]:
@@ -157,23 +155,14 @@ class Tally:
         held_T = ratio_T if rule.level == "sequence" else made_T
         self._mean(f"{name}/clipped", clipped(rule, held_T).to(ratio_T.dtype), weighed_T)
 
-    def _weights(self) -> dict[str, tuple[float, float, float]]:
-        found = {}
+    def _read(self) -> dict[str, list[float]]:
+        """Every key over all micro-batches, from the device in one piece."""
+        parts = {}
         for key, values in self._sums.items():
-            if key.endswith("!weights"):
-                total, squared, count = torch.stack(values).sum(0).tolist()
-                found[key.removesuffix("!weights")] = (total, squared, count)
-        return found
-
-    def _spreads(self) -> dict[str, float]:
-        found = {}
-        for key, values in self._sums.items():
-            if key.endswith("!spread"):
-                total, squared, count = torch.stack(values).sum(0).tolist()
-                if count:
-                    variance = squared / count - (total / count) ** 2
-                    found[f"{key.removesuffix('!spread')}/spread"] = math.sqrt(max(variance, 0.0))
-        return found
+            values_M = torch.stack(values)
+            parts[key] = (values_M.max() if key.endswith("_max!") else values_M.sum(0)).double().reshape(-1)
+        left = iter(torch.cat(list(parts.values())).tolist() if parts else [])
+        return {key: [next(left) for _ in range(len(part))] for key, part in parts.items()}
 
     def _scorer(self, scorer: ScorerRows, values: TokenValues, batch: Batch, any_T: Tensor) -> None:
         read_T, valid_T = read_and_valid(batch, scorer)
@@ -190,8 +179,8 @@ class Tally:
             self._mean(f"scorer/{scorer.name}/reverse_kl", kl_T, seen_T)
 
     def _policy_gap(self, values: TokenValues, batch: Batch, any_T: Tensor) -> None:
-        own_N = torch.tensor([r.behaviour == "student" for r in batch.rollouts], device=any_T.device)
-        own_T = any_T & own_N[batch.row_T] & torch.isfinite(batch.behaviour_T)
+        own = np.repeat([r.behaviour == "student" for r in batch.rollouts], [len(r.mask) for r in batch.rollouts])
+        own_T = any_T & onto(own, any_T.device) & torch.isfinite(batch.behaviour_T)
         gap_T = torch.where(own_T, values.logprob_T - batch.behaviour_T, 0.0).abs()
         self._mean("policy_gap", gap_T, own_T)
         self._append("policy_gap_max!", gap_T.max())
@@ -204,6 +193,26 @@ class Tally:
 
     def _append(self, name: str, value: Tensor) -> None:
         self._sums.setdefault(name, []).append(value)
+
+
+def _effective(read: Mapping[str, list[float]]) -> dict[str, float]:
+    """Effective sample sizes of importance weights, as shares of their tokens."""
+    found = {}
+    for key, numbers in read.items():
+        if key.endswith("!weights") and numbers[2]:
+            total, squared, count = numbers
+            found[f"{key.removesuffix('!weights')}/ess"] = total**2 / (count * squared) if squared else 0.0
+    return found
+
+
+def _spreads(read: Mapping[str, list[float]]) -> dict[str, float]:
+    """Standard deviations of scorers' log-probabilities."""
+    found = {}
+    for key, numbers in read.items():
+        if key.endswith("!spread") and numbers[2]:
+            total, squared, count = numbers
+            found[f"{key.removesuffix('!spread')}/spread"] = math.sqrt(max(squared / count - (total / count) ** 2, 0.0))
+    return found
 
 
 def _first_target(

@@ -89,9 +89,11 @@ class AdapterOff(CausalLM):
             name=f"{student.name} (adapter off)",
         )
 
-    def hidden(self, ids_NS: Tensor, attention_NS: Tensor, positions_NS: Tensor) -> Tensor:
+    def hidden(
+        self, ids_NS: Tensor, attention_NS: Tensor | None, positions_NS: Tensor | None, cache: Any = None
+    ) -> Tensor:
         with self._student_adapter.off():
-            return super().hidden(ids_NS, attention_NS, positions_NS)
+            return super().hidden(ids_NS, attention_NS, positions_NS, cache)
 
     @property
     def architecture(self) -> type:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opd.errors import ModelError
 from opd.objectives.head import head_logits
+from opd.objectives.product import FasterLayers
 from opd.types import Head
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class CausalLM:
     compute_dtype  what matrix products run in; parameters may be wider (float32 master weights).
     adapter        the low-rank matrices that are trained beside the frozen parameters, None where there are none.
     max_positions  longest sequence the model was made for, None where it states none.
+    goes_through_head  whether every backward pass through `hidden` goes through the head, too, as a learner's does:
+                   where head and embedding are one table, the lookups then add rows to its gradient, and nothing else.
+    shares_prompts whether answers may stand on a prompt that was read once; None until `answer_states` has tried it.
     """
 
     def __init__(self, module: nn.Module, *, vocab_size: int, compute_dtype: torch.dtype, name: str) -> None:
@@ -39,6 +43,8 @@ class CausalLM:
         self.vocab_size = vocab_size
         self.compute_dtype = compute_dtype
         self.adapter: Adapter | None = None
+        self.goes_through_head = False
+        self.shares_prompts: bool | None = None
         self._body = _body(self.module)
         self._body_takes = set(inspect.signature(self._body.forward).parameters)
         rows = self.module.get_output_embeddings().weight.shape[0]
@@ -97,19 +103,43 @@ class CausalLM:
             return nullcontext()
         return torch.autocast(parameter.device.type, dtype=self.compute_dtype)
 
-    def hidden(self, ids_NS: Tensor, attention_NS: Tensor, positions_NS: Tensor) -> Tensor:
-        """[N, S, D] states that the head turns into logits, in `compute_dtype`; no logits are made."""
+    def hidden(
+        self, ids_NS: Tensor, attention_NS: Tensor | None, positions_NS: Tensor | None, cache: Any = None
+    ) -> Tensor:
+        """[N, S, D] states that the head turns into logits, in `compute_dtype`; no logits are made.
+
+        Without an attention mask and positions, sequences begin in the first column, and causal attention hides what
+        stands behind them.
+
+        cache   keys and values of transformers: what it holds stands before the sequences, `attention_NS` covers it
+                too, and each layer of the body hands its own to it.
+        """
         if torch.is_grad_enabled():
             self._recompute()
         given = {
             "input_ids": ids_NS,
             "attention_mask": attention_NS,
             "position_ids": positions_NS,
-            "use_cache": False,
+            "use_cache": cache is not None,
+            "past_key_values": cache,
         }
-        with self.autocast():
+        with self.autocast(), self._faster():
             states_NSD = self._body(**{k: v for k, v in given.items() if k in self._body_takes}).last_hidden_state
         return states_NSD.to(self.compute_dtype)
+
+    def _faster(self) -> AbstractContextManager[Any]:
+        """Faster layers on a CPU. A layer that is recomputed must find what it saw the first time, and is recomputed
+        outside: it keeps torch's own."""
+        if self.device.type != "cpu" or self.recomputes:
+            return nullcontext()
+        head = self.module.get_output_embeddings().weight
+        tied = self.goes_through_head and head.requires_grad and torch.is_grad_enabled()
+        return FasterLayers(tied_VD=head if tied else None)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are recomputed in the backward pass (gradient checkpointing)."""
+        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.module.modules())
 
     def _recompute(self) -> None:
         """transformers recomputes activations only in layers in training mode. The layers alone are put there: their

@@ -72,9 +72,11 @@ class AdapterCopy(CausalLM):
                 parameter.data = theirs[name]
 
     @torch.no_grad()
-    def hidden(self, ids_NS: Tensor, attention_NS: Tensor, positions_NS: Tensor) -> Tensor:
+    def hidden(
+        self, ids_NS: Tensor, attention_NS: Tensor | None, positions_NS: Tensor | None, cache: Any = None
+    ) -> Tensor:
         with self.in_place():
-            return super().hidden(ids_NS, attention_NS, positions_NS)
+            return super().hidden(ids_NS, attention_NS, positions_NS, cache)
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self._student.autocast()

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opd.objectives.transfer import onto
+
 
 def pad(
     sequences: Sequence[NDArray[np.int64]], *, device: torch.device, side: Literal["left", "right"] = "right"
@@ -27,4 +29,4 @@ def pad(
         ids_NS[n, where] = sequence
         attention_NS[n, where] = 1
     positions_NS = np.maximum(attention_NS.cumsum(1) - 1, 0)
-    return tuple(torch.from_numpy(a).to(device) for a in (ids_NS, attention_NS, positions_NS))  # type: ignore[return-value]
+    return tuple(onto(a, device) for a in (ids_NS, attention_NS, positions_NS))  # type: ignore[return-value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opd.objectives.product import linear, product, product_into
 from opd.types import Head
 
 
@@ -20,11 +21,11 @@ def head_logits(hidden_TD: Tensor, head: Head) -> Tensor:
 def unordered_logits(hidden_TD: Tensor, head: Head, into_TV: Tensor | None = None) -> Tensor:
     """As `head_logits`, columns in the order of the head's own rows.
 
-    into_TV  where to write them, in the dtype of the result; only without a gradient.
+    into_TV  where they may be written, in the dtype of the result; only without a gradient.
     """
     weight_VD = head.weight_VD[: head.vocab_size].to(hidden_TD.dtype)
     if torch.is_grad_enabled():
-        logits_TV = (hidden_TD @ weight_VD.T).to(torch.promote_types(hidden_TD.dtype, torch.float32))
+        logits_TV = linear(hidden_TD, weight_VD).to(torch.promote_types(hidden_TD.dtype, torch.float32))
     else:
         logits_TV = wide_product(hidden_TD, weight_VD.T, into_TV)
     if head.bias_V is not None:
@@ -40,11 +41,12 @@ def unordered_logits(hidden_TD: Tensor, head: Head, into_TV: Tensor | None = Non
 def wide_product(left: Tensor, right: Tensor, into: Tensor | None = None) -> Tensor:
     """left @ right of two matrices of one dtype as float32 (float64 for float64), without a gradient.
 
-    Devices that can give the sums as they were accumulated; others round them to the dtype of the inputs first."""
+    Devices that can give the sums as they were accumulated; others round them to the dtype of the inputs first.
+
+    into  where the result may be written; it is not where that would take longer."""
     if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(left, right, out_dtype=torch.float32)
-    elif into is not None and into.dtype == left.dtype:
-        return torch.mm(left, right, out=into)
-    else:
-        product = (left @ right).to(torch.promote_types(left.dtype, torch.float32))
-    return product if into is None else into.copy_(product)
+        made = torch.mm(left, right, out_dtype=torch.float32)
+        return made if into is None else into.copy_(made)
+    if into is None:
+        return product(left, right.T).to(torch.promote_types(left.dtype, torch.float32))
+    return product_into(left, right.T, into)

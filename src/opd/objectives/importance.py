@@ -35,6 +35,7 @@ def known_ratio(
     strength_T: Tensor | None,
     trained_T: Tensor,
     row_T: Tensor,
+    rows: int,
 ) -> Tensor | None:
     """float [T] by which a token's weight is multiplied before the kernel sees it; None where there is nothing.
 
@@ -48,6 +49,7 @@ def known_ratio(
     logprob_T    of the student now.
     proximal_T   of the student at the first update on these answers; None: this is it.
     strength_T   advantage of the drawn tokens, whose sign decides for PPO; only read for PPO at the level of answers.
+    row_T, rows  the answer that each token belongs to, and how many there are.
     """
     if isinstance(rule, NoImportance) or (rule.level == "token" and rule.against == "sampler"):
         return None
@@ -55,7 +57,7 @@ def known_ratio(
     frozen = (then_T - behaviour_T).to(logprob_T.dtype)
     moving = logprob_T - then_T if rule.against == "proximal" else (logprob_T - behaviour_T).to(logprob_T.dtype)
     if rule.level == "sequence":
-        moving, frozen = (_mean_by_row(x, trained_T, row_T) for x in (moving, frozen))
+        moving, frozen = (_mean_by_row(x, trained_T, row_T, rows) for x in (moving, frozen))
     ratio_T = torch.ones_like(logprob_T)
     if rule.level == "sequence":
         ratio_T = bounded(rule, moving.exp(), strength_T)
@@ -102,13 +104,9 @@ def _share_before(size_T: Tensor) -> Tensor:
     return torch.where(torch.isinf(before_T), 1.0, share_T)
 
 
-def _mean_by_row(value_T: Tensor, trained_T: Tensor, row_T: Tensor) -> Tensor:
+def _mean_by_row(value_T: Tensor, trained_T: Tensor, row_T: Tensor, rows: int) -> Tensor:
     """[T]: at every token the mean over the trained tokens of its answer."""
     kept_T = torch.where(trained_T, value_T.double(), 0.0)
-    sums_2N = torch.zeros(2, _rows(row_T), dtype=torch.float64, device=value_T.device)
+    sums_2N = torch.zeros(2, rows, dtype=torch.float64, device=value_T.device)
     sums_2N.index_add_(1, row_T, torch.stack([kept_T, trained_T.double()]))
     return (sums_2N[0] / sums_2N[1].clamp(min=1.0))[row_T].to(value_T.dtype)
-
-
-def _rows(row_T: Tensor) -> int:
-    return int(row_T.max()) + 1 if len(row_T) else 0

@@ -14,8 +14,11 @@ from opd.config.objective import DivergenceTerm, OutcomeTerm, Term
 from opd.config.slots import Credit, Full, NoImportance, PPOClip, Tokens
 from opd.objectives.credit import future_credit
 from opd.objectives.importance import known_ratio, prefix_weight, weighting
-from opd.objectives.kernels.rows import TermRows, TokenValues
+from opd.objectives.kernels.rows import KnownRows, TermRows, TokenValues
+from opd.objectives.transfer import onto
 from opd.types import Batch
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ class PlannedTerm:
 
     def trained(self, batch: Batch) -> Tensor:
         """bool [T]: the tokens of a micro-batch that the term trains."""
-        parts = [self.kept.get(r.id, np.zeros(len(r.mask), np.bool_)) for r in batch.rollouts]
-        return torch.from_numpy(np.concatenate(parts)).to(batch.token_T.device)
+        return onto(self.trains(batch), batch.token_T.device)
+
+    def trains(self, batch: Batch) -> NDArray[np.bool_]:
+        """The same on the host."""
+        return np.concatenate([self.kept.get(r.id, np.zeros(len(r.mask), np.bool_)) for r in batch.rollouts])
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ class StepPlan:
                 whole = {"support": Full(), "credit": Credit(), "importance": NoImportance(), "tokens": Tokens()}
                 term = p.term.model_copy(update={**whole, "advantage_under": "student"})
                 weight_T = p.trained(batch).to(dtype)  # the coefficient may be 0 in this step
-                rows.append(replace(made, term=term, weight_T=weight_T, extra_T=None))
+                assert made.known is not None
+                known = replace(made.known, trained_T=p.trains(batch))
+                rows.append(replace(made, term=term, weight_T=weight_T, extra_T=None, known=known))
         return rows
 
     def ratios(self, batch: Batch, look: TokenValues | None, proximal_T: Tensor | None = None) -> dict[str, Tensor]:
@@ -113,28 +121,32 @@ class StepPlan:
         proximal_T: Tensor | None,
         dtype: torch.dtype,
     ) -> TermRows:
-        term, trained_T, right = p.term, p.trained(batch), p.right
-        whole_T = torch.where(trained_T, _spread(batch, lambda key: p.weight.get(key, 0.0), torch.float64), 0.0)
-        weight_T, extra_T = whole_T, None
+        term, trained_T, right, device = p.term, p.trained(batch), p.right, batch.token_T.device
+        weights_T = np.where(p.trains(batch), _over_tokens(batch, lambda key: p.weight.get(key, 0.0)), 0.0)
+        whole_T = onto(weights_T, device)
+        weight_T, extra_T, known = whole_T, None, True
         if isinstance(term, OutcomeTerm):
             extra_T = _spread(batch, lambda key: p.advantage.get(key, 0.0), dtype)
         if look is not None:
             if isinstance(term, DivergenceTerm) and has_credit(term):
                 extra_T = _future(term, batch, look, trained_T)
             if (ratio_T := _ratio(p, batch, look, proximal_T)) is not None:
-                weight_T = weight_T * ratio_T
+                weight_T, known = weight_T * ratio_T, False
             if isinstance(term, DivergenceTerm) and (gamma := term.tokens.importance_of_prefix) > 0:
                 target_T = _looked(look.terms[term.name].target_T, look)
                 seen_T = trained_T & ~target_T.isnan()  # a gate has shut the others
+                known = False
                 weight_T = weight_T * prefix_weight(target_T - look.logprob_T, seen_T, _lengths(batch), gamma)
         names = sorted({name for r in batch.rollouts for name in p.mix.get(r.id, ())})
+        mix = {n: _over_tokens(batch, lambda key, n=n: p.mix.get(key, {}).get(n, 0.0), dtype) for n in names}
         return TermRows(
             term=term if look is None else _for_kernel(term),
             weight_T=torch.where(whole_T == 0, 0.0, weight_T).to(dtype),
-            mix={n: _spread(batch, lambda key, n=n: p.mix.get(key, {}).get(n, 0.0), dtype) for n in names},
+            mix={n: onto(c_T, device) for n, c_T in mix.items()},
             unit=bool(names) and all(list(p.mix[r.id].values()) == [1.0] for r in batch.rollouts if r.id in p.mix),
             extra_T=extra_T,
             right_T=None if right is None else _spread(batch, lambda key: float(right.get(key, False)), dtype) > 0,
+            known=KnownRows(weights_T.astype(_NUMPY[dtype]) != 0 if known else None, mix),
         )
 
 
@@ -183,6 +195,7 @@ def _ratio(p: PlannedTerm, batch: Batch, look: TokenValues, proximal_T: Tensor |
         strength_T=strength_T,
         trained_T=trained_T,
         row_T=batch.row_T,
+        rows=len(batch.rollouts),
     )
 
 
@@ -192,6 +205,11 @@ def _lengths(batch: Batch) -> list[int]:
 
 def _spread(batch: Batch, value: Callable[[str], float], dtype: torch.dtype) -> Tensor:
     """[T]: a number of every rollout of the micro-batch at each of its tokens."""
-    device = batch.token_T.device
-    value_N = torch.tensor([value(r.id) for r in batch.rollouts], dtype=torch.float64, device=device)
-    return value_N[batch.row_T].to(dtype)
+    return onto(_over_tokens(batch, value, dtype), batch.token_T.device)
+
+
+def _over_tokens(
+    batch: Batch, value: Callable[[str], float], dtype: torch.dtype = torch.float64
+) -> NDArray[np.floating]:
+    """The same on the host."""
+    return np.repeat(np.array([value(r.id) for r in batch.rollouts], _NUMPY[dtype]), _lengths(batch))

@@ -49,6 +49,7 @@ from opd.config.shapes import (
     VerifierGatedKL,
 )
 from opd.objectives.tanh_value import tanh_value
+from opd.objectives.transfer import suspects
 
 FAR = 80.0  # nats; past it r is as good as infinite where it is bounded, and exp(r) still fits a float32
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -109,10 +110,18 @@ def maths(spec: Shape, right: Tensor | None = None) -> ShapeMaths:
             return verifier_gated(right)
 
 
+def _sums_to_nan(x: Tensor) -> Tensor:
+    return x.sum().isnan()
+
+
+def _has_nan(x: Tensor) -> Tensor:
+    return x.isnan().any()
+
+
 def log_ratio(logp: Tensor, logq: Tensor) -> Tensor:
     """log q - log p; where both have no mass the ratio is taken as 1, so that 0 * log(0/0) adds nothing."""
     gap = logq - logp
-    if gap.sum().isnan():  # one look at all of it is cheaper than two comparisons of each
+    if suspects(gap, _sums_to_nan):  # one look at all of it is cheaper than two comparisons of each
         gap = gap.masked_fill((logp == -math.inf) & (logq == -math.inf), 0.0)
     return gap
 
@@ -121,7 +130,7 @@ def _weighted(log_mass: Tensor, value: Tensor, mass: Tensor | None = None) -> Te
     """exp(log_mass) * value with 0 * inf = 0."""
     mass = log_mass.exp() if mass is None else mass
     product = mass * value
-    return product.masked_fill_(mass == 0, 0.0) if product.sum().isnan() else product
+    return product.masked_fill_(mass == 0, 0.0) if suspects(product, _sums_to_nan) else product
 
 
 # The `both` of a shape go over [B, V] as few times as they can, in place. What they leave to the careful functions
@@ -132,7 +141,7 @@ def _reverse_both(logp: Tensor, logq: Tensor, p: Tensor | None, q: Tensor | None
     p = logp.exp() if p is None else p
     h_mass = (logq - logp).mul_(p)
     value = -h_mass.sum(-1)
-    if value.isnan().any():
+    if suspects(value, _has_nan):
         h_mass = _weighted(logp, log_ratio(logp, logq), p)
         value = -h_mass.sum(-1)
     return h_mass, value
@@ -156,7 +165,7 @@ def _r_log_r(logp: Tensor, logq: Tensor) -> Tensor:
 def _forward_both(logp: Tensor, logq: Tensor, p: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tensor]:
     q = logq.exp() if q is None else q
     value = (logq - logp).mul_(q).sum(-1)
-    if value.isnan().any():
+    if suspects(value, _has_nan):
         value = _weighted(logq, log_ratio(logp, logq), q).sum(-1)
     return q - (logp.exp() if p is None else p), value
 
@@ -198,7 +207,7 @@ def jensen_shannon(beta: float, *, normalised: bool) -> ShapeMaths:
         of_teacher = (logq - logp).sub_(h_mass).mul_(q).sum(-1) * (constant * beta)
         h_mass.mul_(p).mul_(constant * (1.0 - beta))
         value = of_teacher - h_mass.sum(-1)
-        if not value.isfinite().all():  # p is nothing where q is something, too
+        if suspects(value, lambda x: ~x.isfinite().all()):  # p is nothing where q is something, too
             h_mass, parts_of_teacher = parts(logp, logq, p)
             value = parts_of_teacher.sum(-1) - h_mass.sum(-1)
         return h_mass, value

@@ -13,7 +13,7 @@ their derivatives are known, J' = s tanh(y / s) e^-y and K' = s tanh(y / s) - K.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
@@ -66,11 +66,15 @@ class _Closed:
 
 @dataclass(frozen=True)
 class _Tabulated:
-    """above_2I, below_2I: J and K, value and slope x step, float64 at the ends of the intervals."""
+    """above_2I, below_2I: J and K, value and slope x step, float64 at the ends of the intervals.
+
+    copies   of both where they have been needed: a device is sent a table once.
+    """
 
     step: float
     above_2I: Tensor
     below_2I: Tensor
+    copies: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mass(self, logp: Tensor, logq: Tensor, gap: Tensor) -> Tensor:
         above, below = self._read(self.above_2I, gap), self._read(self.below_2I, gap)
@@ -81,7 +85,10 @@ class _Tabulated:
         return torch.where(gap >= 0, gap.exp() * above, below)
 
     def _read(self, table_2I: Tensor, gap: Tensor) -> Tensor:
-        value_I, slope_I = table_2I.to(gap.device, gap.dtype)
+        key = (id(table_2I), gap.device, gap.dtype)
+        if key not in self.copies:
+            self.copies[key] = table_2I.to(gap.device, gap.dtype)
+        value_I, slope_I = self.copies[key]
         last = len(value_I) - 1
         place = (gap.abs() / self.step).clamp(max=last)  # NaN stays NaN, in the fraction
         index = place.nan_to_num().long().clamp(max=last - 1)

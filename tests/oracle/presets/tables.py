@@ -199,6 +199,7 @@ def gradient(
             name=name,
             temperature=world.temperatures.get(name, 1.0),
             chunk_tokens=4096,
+            share_prompts=True,
         )
         for name, table in world.scorers.items()
     ]

@@ -115,17 +115,12 @@ def write_own_answers(folder: Path, recipe: Overrides) -> None:
     """One answer of the untrained student to every training prompt, as data for SFT."""
     from opd.config.loading import load_config
     from opd.models.loading import load_student
-    from opd.rollouts.engine import EmbeddedEngine
     from opd.wiring.build import load_format, load_prompts, sampling_params
+    from opd.wiring.writing import student_engine
 
     config = load_config([], base=recipe).config
     fmt = load_format(config.student, "student")
-    engine = EmbeddedEngine(
-        load_student(config.student, fmt.tokenizer.vocab_size),
-        seed=config.run.seed + 1,
-        slots=config.engine.slots,
-        path=config.engine.path,
-    )
+    engine = student_engine(config, load_student(config.student, fmt.tokenizer.vocab_size), seed=config.run.seed + 1)
     prompts = load_prompts(config, fmt)
     rows = []
     for step in range(config.run.steps):

@@ -7,9 +7,12 @@ that what it needs besides the logits is small.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.config.targets import STUDENT
@@ -19,19 +22,7 @@ from opd.objectives.kernels.rows import TermRows, TokenRows
 from opd.objectives.kernels.subset import Subset
 
 NUMBERS_HOST, NUMBERS_DEVICE = 2**20, 2**25  # of one [B, V] in a block: what a cache holds; what fills a device
-PART_HOST = 256  # tokens of a scorer at a time; its products take a tenth longer than those of 512, half of it a third
-
-KEPT = 31 * 2**20  # bytes; below the 32 MiB past which glibc gives every freed array back to the system
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Makes the C library keep what a block frees for the next one, once in a process.
-
-    glibc learns from the arrays that are freed how much it may keep. Untaught, it asks the system for fresh pages at
-    every [B, V], which takes several times as long as computing them.
-    """
-    torch.empty(KEPT, dtype=torch.uint8)
+PART_HOST = 192  # tokens of a scorer at a time; its products take a tenth longer than those of 512
 
 
 def tile_tokens(chunk_tokens: int, vocab_size: int) -> int:
@@ -73,9 +64,10 @@ class Block:
         *,
         target: type[Target] = Target,
     ) -> None:
-        """mixes: groups of terms with the same target. target: what makes the targets."""
+        """mixes: groups of settled terms with the same target. target: what makes the targets."""
         self.start, self.size = start, student.rows.size
         self.everything = Subset(self.size)
+        self._device = student.drawn_R.device
         self._student, self._target = student, target
         self.drawn_B = student.drawn_R
         self._wide = self.drawn_B.dtype
@@ -102,6 +94,10 @@ class Block:
         """[B]: these tokens' part of a tensor over the batch."""
         return values_T[self.start : self.start + self.size]
 
+    def _known(self, values_T: NDArray[Any]) -> NDArray[Any]:
+        """[B]: the same of what the host knows."""
+        return values_T[self.start : self.start + self.size]
+
     def weight(self, term: TermRows) -> Tensor:
         """[B]: the term's weights in the dtype of the pass, gated by entropy where the term says so."""
         weight_B = self.of(term.weight_T).to(self._wide)
@@ -121,13 +117,23 @@ class Block:
             open_B &= entropy_B < gate.below
         return torch.where(open_B, weight_B, 0.0)
 
+    def kept(self, term: TermRows, weight_B: Tensor) -> Subset:
+        """The rows that the term trains, by its weights [B] here. Only where a gate decides is the device asked."""
+        if term.term.tokens.where is None:
+            return Subset.known(self._known(term.trained_T), self._device)
+        return Subset.where(weight_B != 0)
+
     def target(self, term: TermRows) -> Target:
         """The term's log q~ at all tokens that it, or another term with the same coefficients, trains."""
         (group,) = [n for n, terms in enumerate(self._mixes) if any(term is other for other in terms)]
         if group not in self._targets:
-            trained_B = torch.stack([self.of(other.weight_T) != 0 for other in self._mixes[group]]).any(0)
-            rows = Subset.where(trained_B)
+            trained_B = np.logical_or.reduce([self._known(other.trained_T) for other in self._mixes[group]])
+            rows = Subset.known(trained_B, self._device)
             coefficients = {name: rows.of(self.of(c_T)) for name, c_T in term.mix.items()}
+            used = {name: self._known(c_T)[trained_B] != 0 for name, c_T in term.known_mix.items()}
+            read = {name: Subset.known(used_M, self._device) for name, used_M in used.items()}
             token_M = rows.of(self.token_B)
-            self._targets[group] = self._target(rows, self.readings, coefficients, unit=term.unit, token_M=token_M)
+            self._targets[group] = self._target(
+                rows, self.readings, coefficients, read, unit=term.unit, token_M=token_M
+            )
         return self._targets[group]

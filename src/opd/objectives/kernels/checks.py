@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.config.objective import DivergenceTerm, OutcomeTerm
@@ -19,7 +21,8 @@ def check_rows(
 ) -> None:
     """Raises ValueError when sizes disagree, a name is unknown or twice there, or a term lacks evidence it needs.
 
-    widths: scorer to the size of its vocabulary, and that of the student.
+    terms, scorers  with everything known to the host: no device is asked.
+    widths          scorer to the size of its vocabulary, and that of the student.
     """
     _unique("terms", [t.term.name for t in terms])
     _unique("scorers", [s.name for s in scorers])
@@ -42,8 +45,9 @@ def _scorer(scorer: ScorerRows, tokens: int, widths: Mapping[str, int]) -> None:
         _size(f"scorer {scorer.name}: valid_T", scorer.valid_T, tokens)
     else:
         _size(f"scorer {scorer.name}: index_T", scorer.index_T, there)
-        steps = scorer.index_T.diff()
-        if there and ((steps <= 0).any() or scorer.index_T[0] < 0 or scorer.index_T[-1] >= tokens):
+        index_T = scorer.known_index_T
+        assert index_T is not None and len(index_T) == there, f"scorer {scorer.name}: known_index_T is not its index_T"
+        if there and ((np.diff(index_T) <= 0).any() or index_T[0] < 0 or index_T[-1] >= tokens):
             raise ValueError(f"scorer {scorer.name}: index_T must ascend within 0 to {tokens - 1}")
     if scorer.hidden_TD is not None and scorer.head is not None:
         _size(f"scorer {scorer.name}: hidden_TD", scorer.hidden_TD, there)
@@ -61,7 +65,8 @@ def _scorer(scorer: ScorerRows, tokens: int, widths: Mapping[str, int]) -> None:
 def _term(rows: TermRows, tokens: int, scorers: Mapping[str, ScorerRows]) -> None:
     term = rows.term
     _size(f"term {term.name}: weight_T", rows.weight_T, tokens)
-    trained_T = rows.weight_T != 0
+    trained_T = rows.trained_T
+    _size(f"term {term.name}: known.trained_T", trained_T, tokens)
     gate = term.tokens.where
     if gate is not None and gate.of != STUDENT:
         _covered(f"term {term.name}: tokens.where", gate.of, trained_T, scorers)
@@ -74,8 +79,8 @@ def _term(rows: TermRows, tokens: int, scorers: Mapping[str, ScorerRows]) -> Non
     if not isinstance(term, DivergenceTerm):
         return
     whole = not isinstance(term.support, Sampled) or term.credit.baseline == "exact"
-    read_T = torch.zeros_like(trained_T)
-    for name, c_T in rows.mix.items():
+    read_T = np.zeros_like(trained_T)
+    for name, c_T in rows.known_mix.items():
         _size(f"term {term.name}: mix[{name}]", c_T, tokens)
         used_T = trained_T & (c_T != 0)
         read_T |= used_T
@@ -94,13 +99,13 @@ def _term(rows: TermRows, tokens: int, scorers: Mapping[str, ScorerRows]) -> Non
         )
 
 
-def _covered(who: str, name: str, used_T: Tensor, scorers: Mapping[str, ScorerRows]) -> None:
+def _covered(who: str, name: str, used_T: NDArray[np.bool_], scorers: Mapping[str, ScorerRows]) -> None:
     if name not in scorers:
         raise ValueError(f"{who} reads the scorer {name}, but rows came from {sorted(scorers) or 'none'}")
-    index_T = scorers[name].index_T
+    index_T = scorers[name].known_index_T
     if index_T is None:
         return
-    there_T = torch.zeros_like(used_T)
+    there_T = np.zeros_like(used_T)
     there_T[index_T] = True
     if (used_T & ~there_T).any():
         raise ValueError(
@@ -109,7 +114,7 @@ def _covered(who: str, name: str, used_T: Tensor, scorers: Mapping[str, ScorerRo
         )
 
 
-def _size(what: str, values: Tensor, expected: int) -> None:
+def _size(what: str, values: Tensor | NDArray[Any], expected: int) -> None:
     if len(values) != expected:
         raise ValueError(f"{what} has {len(values)} rows where {expected} were expected")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opd.objectives.kernels.reading import Reading, log_softmax
 from opd.objectives.kernels.subset import Subset
+from opd.objectives.transfer import suspects
 
 
 class Target:
@@ -21,15 +22,16 @@ class Target:
         rows: Subset,
         readings: Mapping[str, Reading],
         coefficients: Mapping[str, Tensor],
+        read: Mapping[str, Subset],
         *,
         unit: bool,
         token_M: Tensor,
     ) -> None:
-        """coefficients: scorer to c_k [M] on these rows. unit: one of them is 1 at each row, and the others are 0."""
+        """coefficients: scorer to c_k [M] on these rows; read: where it is not 0. unit: one of them is 1 at each row,
+        and the others are 0."""
         self.rows = rows
         self._token_M = token_M
         self._unit = unit
-        read = {name: Subset.where(c_M != 0) for name, c_M in coefficients.items()}
         self._parts = [(readings[name], coefficients[name], where) for name, where in read.items() if len(where)]
 
     @property
@@ -61,7 +63,7 @@ class Target:
             return first
         mixed = first.new_zeros(len(self.rows), *first.shape[1:])
         # One sum tells as much as comparing every entry where all is finite, and costs a tenth of it.
-        finite = self._unit or all(bool(x.sum().isfinite()) for x, _, _ in found)
+        finite = self._unit or not any(suspects(x, lambda x: ~x.sum().isfinite()) for x, _, _ in found)
         none = None if finite else torch.zeros_like(mixed, dtype=torch.bool)
         for logm, c_M, where in found:
             c_K = where.of(c_M).to(mixed.dtype).reshape(-1, *[1] * (logm.dim() - 1))

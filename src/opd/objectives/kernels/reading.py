@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.objectives.kernels.subset import Subset
+from opd.objectives.transfer import suspects
 
 
 class Reading:
@@ -74,6 +75,6 @@ def entropy(p_RV: Tensor, logp_RV: Tensor) -> Tensor:
     """[R] in nats, with 0 log 0 = 0."""
     product_RV = p_RV * logp_RV
     entropy_R = -product_RV.sum(-1)
-    if entropy_R.isnan().any():
+    if suspects(entropy_R, lambda x: x.isnan().any()):
         entropy_R = -product_RV.masked_fill_(p_RV == 0, 0.0).sum(-1)
     return entropy_R

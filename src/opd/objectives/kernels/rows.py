@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.config.objective import DataTerm, DivergenceTerm, OutcomeTerm
@@ -25,6 +27,18 @@ class TokenRows:
 
 
 @dataclass(frozen=True)
+class KnownRows:
+    """What the host knows of a term's rows, so that their device need not be asked.
+
+    trained_T  bool [T]: where the term's weight is not 0. None: only the device knows.
+    mix        scorer to c_k [T].
+    """
+
+    trained_T: NDArray[np.bool_] | None
+    mix: Mapping[str, NDArray[np.floating]]
+
+
+@dataclass(frozen=True)
 class TermRows:
     """One term of the objective on these tokens.
 
@@ -36,6 +50,7 @@ class TermRows:
     extra_T   float32 [T]: added to h(r) of the drawn token (credit from the future), or the advantage itself (outcome
               terms). With `credit.now` false the immediate h(r) is left out, and this is all.
     right_T   bool [T]: verdict on the answer, for shapes that depend on it.
+    known     the same weights and mix on the host. None: the pass reads them from their device, and waits for it.
 
     An importance ratio at sequence level belongs into `weight_T`: only the token level is made in the pass.
     """
@@ -46,6 +61,31 @@ class TermRows:
     unit: bool
     extra_T: Tensor | None = None
     right_T: Tensor | None = None
+    known: KnownRows | None = None
+
+    def settled(self) -> TermRows:
+        """These rows with everything known to the host; what was not known is read from the device."""
+        known = self.known
+        if known is not None and known.trained_T is not None:
+            return self
+        mix = {n: _on_host(c_T) for n, c_T in self.mix.items()} if known is None else known.mix
+        return replace(self, known=KnownRows(_on_host(self.weight_T) != 0, mix))
+
+    @property
+    def trained_T(self) -> NDArray[np.bool_]:
+        """bool [T] on the host, of settled rows: where the weight is not 0."""
+        assert self.known is not None and self.known.trained_T is not None, "rows are settled first"
+        return self.known.trained_T
+
+    @property
+    def known_mix(self) -> Mapping[str, NDArray[np.floating]]:
+        """The mix on the host, of settled rows."""
+        assert self.known is not None, "rows are settled first"
+        return self.known.mix
+
+
+def _on_host(values_T: Tensor) -> NDArray[np.float64]:
+    return values_T.detach().double().cpu().numpy()
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from opd.objectives.transfer import onto
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,15 @@ class Subset:
 
     @classmethod
     def where(cls, mask_B: Tensor) -> Subset:
-        """The rows where a bool [B] is true."""
+        """The rows where a bool [B] is true; waits for the device that it is on."""
         index_K = mask_B.nonzero()[:, 0]
         return cls(len(mask_B), None if len(index_K) == len(mask_B) else index_K)
+
+    @classmethod
+    def known(cls, mask_B: NDArray[np.bool_], device: torch.device) -> Subset:
+        """The same of a mask on the host, for rows on `device`."""
+        index_K = np.flatnonzero(mask_B)
+        return cls(len(mask_B), None if len(index_K) == len(mask_B) else onto(index_K, device))
 
     def __len__(self) -> int:
         return self.size if self.index_K is None else len(self.index_K)

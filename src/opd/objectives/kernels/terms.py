@@ -21,7 +21,6 @@ from opd.objectives.kernels.columns import Columns
 from opd.objectives.kernels.gradient import BlockGradient
 from opd.objectives.kernels.mixing import Target
 from opd.objectives.kernels.rows import TermRows
-from opd.objectives.kernels.subset import Subset
 from opd.objectives.kernels.supports import top_k_field
 from opd.objectives.shapes import ShapeMaths, maths
 
@@ -40,7 +39,7 @@ class TermOnBlock:
     def __init__(self, rows: TermRows, block: Block, gradient: BlockGradient | None, columns: Columns) -> None:
         weight_B = block.weight(rows)
         self.rows, self.block, self.gradient, self.columns = rows, block, gradient, columns
-        self.kept = Subset.where(weight_B != 0)
+        self.kept = block.kept(rows, weight_B)
         self.weight_K = self.kept.of(weight_B)
         self.drawn_K = self.kept.of(block.drawn_B)
 

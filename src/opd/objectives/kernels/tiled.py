@@ -11,23 +11,28 @@ Everything that is not a matrix product is float32, as is the sum of the head's 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.config.targets import STUDENT
-from opd.objectives.head import unordered_logits, wide_product
-from opd.objectives.kernels.block import Block, block_tokens, keep_freed_memory, part_tokens, tile_tokens
+from opd.objectives.head import unordered_logits
+from opd.objectives.kernels.block import Block, block_tokens, part_tokens, tile_tokens
 from opd.objectives.kernels.checks import check_rows
 from opd.objectives.kernels.columns import Columns
 from opd.objectives.kernels.diagnostics import note_scorer, note_student
 from opd.objectives.kernels.gradient import BlockGradient
+from opd.objectives.kernels.head_gradient import HeadGradient
 from opd.objectives.kernels.reading import Reading
 from opd.objectives.kernels.rows import ScorerValues, TermRows, TermValues, TokenRows, TokenValues
+from opd.objectives.kernels.scratch import Scratch
 from opd.objectives.kernels.subset import Subset
 from opd.objectives.kernels.terms import TermOnBlock
+from opd.objectives.product import keep_freed_memory
 from opd.types import Head, ScorerRows
 
 __all__ = ["ScorerValues", "TermRows", "TermValues", "TokenRows", "TokenValues", "tiled_look", "tiled_loss"]
@@ -43,6 +48,7 @@ def tiled_loss(
     student_temperature: float,
     chunk_tokens: int,
     diagnostics: bool = False,
+    scratch: Scratch | None = None,
 ) -> tuple[Tensor, TokenValues]:
     """The weighted sum of all terms over these tokens (scalar, differentiable in `hidden_TD` and the head), and facts.
 
@@ -51,9 +57,10 @@ def tiled_loss(
     chunk_tokens  tokens whose logits exist at the same time, or 4 MB of them (`block.py`); no result depends on it
                   beyond rounding.
     diagnostics   adds what costs more passes over the vocabulary: forward KL, entropies, overlaps.
+    scratch       memory for logits that one call leaves to the next; without it every call asks for fresh memory.
     Raises ValueError when rows do not fit together (`checks.py`).
     """
-    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
+    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics, scratch)
     return loss_of(TiledPass, hidden_TD, task)
 
 
@@ -67,9 +74,10 @@ def tiled_look(
     student_temperature: float,
     chunk_tokens: int,
     diagnostics: bool = False,
+    scratch: Scratch | None = None,
 ) -> TokenValues:
     """The facts of `tiled_loss` alone: no gradient is made."""
-    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
+    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics, scratch)
     return look_of(TiledPass, hidden_TD, task)
 
 
@@ -100,6 +108,7 @@ class Task:
     temperature: float
     chunk_tokens: int
     diagnostics: bool
+    scratch: Scratch | None = None
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -120,10 +129,8 @@ class _TiledLoss(torch.autograd.Function):
         pass_ = kind(hidden_TD, task)
         weight = pass_.head.weight_VD
         V = len(weight)
-        wide = {"dtype": pass_.wide, "device": hidden_TD.device}
-        dhidden_TD = torch.empty_like(hidden_TD) if needs_hidden else None
-        dweight_VD = torch.zeros(weight_VD.shape, **wide) if needs_weight else None
-        dbias_V = torch.zeros(weight_VD.shape[0], **wide) if needs_bias else None
+        sums = HeadGradient(hidden_TD, weight_VD.shape, pass_.wide, hidden=needs_hidden, weight=needs_weight)
+        dbias_V = torch.zeros(len(weight_VD), dtype=pass_.wide, device=hidden_TD.device) if needs_bias else None
         gradient = needs_hidden or needs_weight or needs_bias
         for tile in pass_.tiles():
             dlogits_CV = pass_.fields(tile, gradient=gradient)
@@ -131,15 +138,10 @@ class _TiledLoss(torch.autograd.Function):
                 continue
             if dbias_V is not None:
                 dbias_V[:V] += dlogits_CV.sum(0)
-            dlogits_CV = dlogits_CV.to(weight.dtype)
-            if dhidden_TD is not None:
-                dhidden_TD[tile] = dlogits_CV @ weight
-            if dweight_VD is not None and weight.dtype == pass_.wide:
-                dweight_VD[:V].addmm_(dlogits_CV.T, hidden_TD[tile])
-            elif dweight_VD is not None:
-                dweight_VD[:V] += wide_product(dlogits_CV.T, hidden_TD[tile])
+            sums.add(tile, dlogits_CV, weight)
             del dlogits_CV
-        ctx.gradients = (dhidden_TD, dweight_VD, dbias_V)
+        dhidden_TD = None if sums.hidden_TD is None else sums.hidden_TD.to(hidden_TD.dtype)
+        ctx.gradients = (dhidden_TD, sums.weight_VD, dbias_V)
         values.append(pass_.values())
         return pass_.loss
 
@@ -156,28 +158,42 @@ class TiledPass:
     """One way over the tokens, tile by tile."""
 
     def __init__(self, hidden_TD: Tensor, task: Task) -> None:
-        head, scorers = task.head, task.scorers
+        terms, scorers = tuple(t.settled() for t in task.terms), tuple(_settled(s) for s in task.scorers)
+        task = replace(task, terms=terms, scorers=scorers)
+        head = task.head
         self.tokens, device = len(hidden_TD), hidden_TD.device
         widths = {s.name: s.head.vocab_size for s in scorers if s.head is not None} | {STUDENT: head.vocab_size}
-        check_rows(self.tokens, task.rows, task.terms, scorers, widths=widths)
+        check_rows(self.tokens, task.rows, terms, scorers, widths=widths)
         self.task = task
         self.hidden_TD = hidden_TD
-        self.head = _prepared(head, hidden_TD.dtype)
+        self.scratch = Scratch() if task.scratch is None else task.scratch
+        self.head = self._prepared(STUDENT, head, hidden_TD.dtype)
         self.heads = {
-            s.name: _prepared(s.head, s.hidden_TD.dtype) for s in scorers if s.hidden_TD is not None and s.head
+            s.name: self._prepared(s.name, s.head, s.hidden_TD.dtype)
+            for s in scorers
+            if s.hidden_TD is not None and s.head
         }
-        self.buffers: dict[str, Tensor] = {}
         if device.type == "cpu":
             keep_freed_memory()
         self.wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         self.columns = Columns(self.tokens, self.wide, device)
         self.loss = torch.zeros((), dtype=self.wide, device=device)
-        self.mixes = _same_mixes(task.terms)
+        self.mixes = _same_mixes(terms)
         self.tile_tokens = tile_tokens(task.chunk_tokens, head.vocab_size)
         self.block_tokens = block_tokens(self.tile_tokens, head.vocab_size, device)
         self.part_tokens = part_tokens(self.tile_tokens, self.block_tokens, device)
         edges = sorted({edge for tile in self.tiles() for edge in (*_starts(tile, self.block_tokens), tile.stop)})
-        self.edges = {s.name: _cuts(s.index_T, edges) for s in scorers}
+        self.edges = {s.name: _cuts(s.known_index_T, edges) for s in scorers}
+
+    def _prepared(self, name: str, head: Head, dtype: torch.dtype) -> Head:
+        """The head without padding and gradient, its weight in the compute dtype."""
+        weight_VD = head.weight_VD.detach()[: head.vocab_size]
+        if weight_VD.dtype != dtype:
+            rows, columns = weight_VD.shape
+            fresh_VD = self.scratch.take(f"head of {name}", rows, columns, dtype, weight_VD.device)
+            weight_VD = fresh_VD.copy_(weight_VD)
+        bias_V = None if head.bias_V is None else head.bias_V.detach()[: head.vocab_size]
+        return Head(weight_VD, head.vocab_size, bias_V, head.scale, head.softcap, head.order_V)
 
     def tiles(self) -> Iterator[slice]:
         for start in range(0, self.tokens, self.tile_tokens):
@@ -228,12 +244,12 @@ class TiledPass:
 
     def _logits(self, name: str, hidden_RD: Tensor, head: Head) -> Tensor:
         """[R, V] in this model's buffer, which the next tile overwrites."""
-        if len(self.buffers.get(name, ())) < len(hidden_RD):
-            wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-            self.buffers[name] = torch.empty(len(hidden_RD), head.vocab_size, dtype=wide, device=hidden_RD.device)
         if len(hidden_RD) == 0:
             return self.hidden_TD.new_empty(0, head.vocab_size)
-        return unordered_logits(hidden_RD, head, self.buffers[name][: len(hidden_RD)])
+        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
+        return unordered_logits(
+            hidden_RD, head, self.scratch.take(name, len(hidden_RD), head.vocab_size, wide, hidden_RD.device)
+        )
 
     def _reading(self, scorer: ScorerRows, logits_RV: Tensor | None, tile: slice, start: int, stop: int) -> Reading:
         rows, part = self._rows_of(scorer, start, stop)
@@ -273,23 +289,22 @@ class TiledPass:
         logits_BV.copy_(gradient_BV)
 
 
-def _prepared(head: Head, dtype: torch.dtype) -> Head:
-    """The head without padding and gradient, its weight in the compute dtype."""
-    weight_VD = head.weight_VD.detach()[: head.vocab_size].to(dtype)
-    bias_V = None if head.bias_V is None else head.bias_V.detach()[: head.vocab_size]
-    return Head(weight_VD, head.vocab_size, bias_V, head.scale, head.softcap, head.order_V)
-
-
 def _starts(tile: slice, step: int) -> range:
     return range(tile.start, tile.stop, step)
 
 
-def _cuts(index_T: Tensor | None, edges: list[int]) -> dict[int, int]:
+def _settled(scorer: ScorerRows) -> ScorerRows:
+    """The rows with their index known to the host."""
+    if scorer.index_T is None or scorer.known_index_T is not None:
+        return scorer
+    return replace(scorer, known_index_T=scorer.index_T.cpu().numpy())
+
+
+def _cuts(index_T: NDArray[np.int64] | None, edges: list[int]) -> dict[int, int]:
     """For every edge, counted in tokens: how many of a scorer's rows lie before it."""
     if index_T is None:
         return {edge: edge for edge in edges}
-    before = torch.searchsorted(index_T, torch.tensor(edges, device=index_T.device, dtype=index_T.dtype))
-    return dict(zip(edges, before.tolist(), strict=True))
+    return dict(zip(edges, np.searchsorted(index_T, edges).tolist(), strict=True))
 
 
 def _same_mixes(terms: Sequence[TermRows]) -> list[list[TermRows]]:
@@ -298,8 +313,8 @@ def _same_mixes(terms: Sequence[TermRows]) -> list[list[TermRows]]:
     for term in terms:
         for group in groups:
             first = group[0]
-            same = first.unit == term.unit and first.mix.keys() == term.mix.keys()
-            if same and all(torch.equal(first.mix[name], c_T) for name, c_T in term.mix.items()):
+            same = first.unit == term.unit and first.known_mix.keys() == term.known_mix.keys()
+            if same and all(np.array_equal(first.known_mix[name], c_T) for name, c_T in term.known_mix.items()):
                 group.append(term)
                 break
         else:
