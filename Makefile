@@ -1,11 +1,18 @@
 # Two commands matter: `make demo` and `make test`. Both work on a bare machine: they make .venv first.
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# test-gpu and bench-gpu run offline on a machine as it is: on PYTHON where that is given, else on .venv if there is one.
+ifeq ($(origin PYTHON),undefined)
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+else
+GPU_PYTHON := $(PYTHON)
+endif
+PYTHON ?= python3
+FROM_SOURCE := PYTHONPATH="src:.$${PYTHONPATH:+:$$PYTHONPATH}" HF_HUB_OFFLINE=1
 export OMP_WAIT_POLICY := passive
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-models test test-slow test-gpu bench bench-gpu mutants lint format clean
+.PHONY: demo demo-models test test-slow test-gpu bench bench-quick bench-gpu mutants lint format clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,14 +37,35 @@ test: $(VENV)/.triton
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
 
-test-gpu: $(VENV)/.ready  ## on a machine with a CUDA device: the Triton kernels, compiled
-	$(BIN)/python -m pytest -m gpu tests/gpu
+test-gpu:  ## on a machine with a CUDA device: the Triton kernels, compiled
+	$(FROM_SOURCE) $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
-bench: $(VENV)/.ready  ## time and memory of the pass over the vocabulary on this CPU: about ten minutes, 4 GB
-	$(BIN)/python bench/tiled_kernel.py
+PEERS := bench/.env-trl
+# Threads that sleep between operations wake up too late for the small ones: benchmarks run as a user's process does.
+MEASURE := env -u OMP_WAIT_POLICY $(BIN)/python
 
-bench-gpu: $(VENV)/.ready  ## there too: their time and memory beside the tiled pass
-	$(BIN)/python bench/gpu_kernel.py
+$(PEERS)/.ready: bench/requirements-peers.txt constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -r $<
+	touch $@
+
+bench: $(VENV)/.ready $(PEERS)/.ready  ## every figure of docs/benchmarks.md, on a machine that does nothing else
+	$(MEASURE) bench/whole_step/run.py --peer-python $(PEERS)/bin/python
+	$(MEASURE) bench/kernel/run.py --peer-python $(PEERS)/bin/python
+	$(MEASURE) bench/tiled_kernel.py
+	$(MEASURE) bench/decode.py
+	$(MEASURE) bench/floor.py
+	$(MEASURE) bench/growth.py
+	$(MEASURE) bench/growth_figures.py
+	$(MEASURE) bench/page.py
+
+bench-quick: $(VENV)/.ready  ## less than three minutes: our ways beside the simple ones
+	$(MEASURE) bench/quick.py
+
+bench-gpu:  ## there too: their time and memory beside the tiled pass; then decoding, scoring, training, a whole step
+	failed=0; $(FROM_SOURCE) $(GPU_PYTHON) bench/gpu_kernel.py || failed=1; \
+	$(FROM_SOURCE) $(GPU_PYTHON) bench/gpu_step.py --merge bench/results/latest.json \
+		$(if $(TRL_PYTHON),--trl-python $(TRL_PYTHON)) || failed=1; exit $$failed
 
 mutants: $(VENV)/.ready  ## plants every seeded fault in a copy of the source; the tests named for it must fail
 	$(BIN)/python -m tests.mutations.run
@@ -54,4 +82,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format src tests examples docs bench
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -5,11 +5,11 @@
 For every case (a shape on a support) two children are started, so that no measurement inherits memory of another:
 
     memory  the peak of resident memory during loss and backward, above weights, inputs and gradients;
-    time    medians of loss plus backward, and of the matrix products alone: the same four of every tile, into memory
-            that is there already. Both run in turn in one process, so that a busy machine slows both. The ratio of
-            processor time stands beside that of wall time: it is what a busy machine changes least.
+    time    medians of loss plus backward, and of the matrix products alone: the same four of every tile, by the same
+            library, into memory that is there already. Both run in turn in one process, so that a busy machine slows
+            both. The ratio of processor time stands beside that of wall time: a busy machine changes it least.
 
-Figures are printed as a Markdown table; docs/benchmarks.md holds them. Linux only (/proc).
+Figures are printed as a Markdown table and kept in bench/results/latest.json under `products`. Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch
+from results import LATEST, record
 from torch import Tensor
 
 from opd.config.objective import DivergenceTerm
 from opd.config.shapes import ForwardKL, JensenShannon, ReverseKL, Shape
 from opd.config.slots import Full, Sampled, Support, TopK
+from opd.objectives.kernels.head_gradient import HeadGradient
 from opd.objectives.kernels.tiled import TermRows, TokenRows, tiled_loss
+from opd.objectives.product import keep_freed_memory, product, product_into
 from opd.types import Head, ScorerRows
 
 CASES: dict[str, tuple[Shape, Support]] = {
@@ -95,19 +100,21 @@ class Products:
     """The matrix products of the pass alone: 2 T V (3 D_s + D_t) FLOPs."""
 
     def __init__(self, of: Setting) -> None:
+        keep_freed_memory()
         self.of = of
         self.student_CV, self.teacher_CV = (torch.zeros(of.sizes.tile, of.sizes.vocab) for _ in range(2))
-        self.dhidden_TD, self.dweight_VD = torch.zeros_like(of.hidden_TD), torch.zeros_like(of.weight_VD)
+        self.dhidden_TD = torch.zeros_like(of.hidden_TD)
+        self.dweight = HeadGradient(of.weight_VD.shape, torch.float32, of.weight_VD.device)
 
     @torch.no_grad()
     def run(self) -> None:
         of, step = self.of, self.of.sizes.tile
         for start in range(0, of.sizes.tokens, step):
             tile = slice(start, min(start + step, of.sizes.tokens))
-            logits_CV = torch.mm(of.hidden_TD[tile], of.weight_VD.T, out=self.student_CV[: tile.stop - start])
-            torch.mm(of.teacher_TD[tile], of.teacher_VD.T, out=self.teacher_CV[: tile.stop - start])
-            torch.mm(logits_CV, of.weight_VD, out=self.dhidden_TD[tile])
-            self.dweight_VD.addmm_(logits_CV.T, of.hidden_TD[tile])
+            logits_CV = product_into(of.hidden_TD[tile], of.weight_VD, self.student_CV[: tile.stop - start])
+            product_into(of.teacher_TD[tile], of.teacher_VD, self.teacher_CV[: tile.stop - start])
+            self.dhidden_TD[tile] = product(logits_CV, of.weight_VD.T)
+            self.dweight.add(logits_CV, of.hidden_TD[tile])
 
     @property
     def flops(self) -> int:
@@ -169,6 +176,22 @@ def _sizes(args: argparse.Namespace) -> Sizes:
     return Sizes(**{name: getattr(args, name) for name in vars(Sizes())})
 
 
+def _summary(memory: dict[str, float], times: dict[str, list[float]]) -> dict[str, float]:
+    """What is kept of a case: seconds, their ratio run by run, and memory."""
+    ratios = sorted(x / y for x, y in zip(times["pass"], times["products"], strict=True))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "products": medians["products"],
+        "pass": medians["pass"],
+        "ratio_median": medians["pass"] / medians["products"],
+        "ratio_least": ratios[0],
+        "ratio_most": ratios[-1],
+        "of_cpu_time": medians["cpu_pass"] / medians["cpu_products"],
+        "extra_mb": memory["extra_mb"],
+        "runs": len(ratios),
+    }
+
+
 def _line(case: str, memory: dict[str, float], times: dict[str, list[float]]) -> str:
     ours, alone = times["pass"], times["products"]
     ratios = sorted(x / y for x, y in zip(ours, alone, strict=True))
@@ -190,6 +213,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--case", choices=CASES, action="append", help="may come several times; all without it")
+    parser.add_argument("--file", type=Path, default=LATEST, help="where the figures are kept")
     parser.add_argument("--child", choices=("memory", "time"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     sizes = _sizes(args)
@@ -201,7 +225,9 @@ def main() -> None:
     print(f"{sizes}; torch {torch.__version__}, {args.threads} threads, median (least to most) of {args.runs} runs")
     print("| term | products alone, s | pass, s | ratio | of CPU time | extra memory, MB |\n|---|---|---|---|---|---|")
     for case in args.case or CASES:
-        print(_line(case, _child("memory", case, args), _child("time", case, args)), flush=True)
+        memory, times = _child("memory", case, args), _child("time", case, args)
+        record(("products", case), _summary(memory, times), file=args.file)
+        print(_line(case, memory, times), flush=True)
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f}")
 
 

@@ -49,6 +49,7 @@ class Panel:
     x: tuple[float, float]
     y: tuple[float, float]
     log_x: bool = False
+    log_y: bool = False
     levels: Sequence[Level] = ()
 
 
@@ -69,7 +70,7 @@ def figure(title: str, panels: Sequence[Panel]) -> str:
 
 def _panel(panel: Panel, left: float, width: float) -> list[str]:
     x = Scale(low=panel.x[0], high=panel.x[1], log=panel.log_x)
-    y = Scale(low=panel.y[0], high=panel.y[1])
+    y = Scale(low=panel.y[0], high=panel.y[1], log=panel.log_y)
     x_ticks, y_ticks = ticks_of(x, 6), ticks_of(y, 6)
     x, y = x.placed(left + LEFT, left + width - RIGHT), y.placed(HEIGHT - BOTTOM, TOP)
     parts = [
