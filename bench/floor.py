@@ -37,7 +37,8 @@ from whole_step.cases import CASES, SHARED, STUDENT, TEACHER, Case, make
 from whole_step.run import start
 
 from opd.config.schema import Learner
-from opd.objectives.product import HAS_ONEDNN, keep_freed_memory, product, product_into
+from opd.objectives.freed_memory import keep_freed_memory
+from opd.objectives.product import HAS_ONEDNN, product, product_into
 
 DTYPES = {"fp32": torch.float32, "best": torch.bfloat16}
 PARTS = {"decode": "rollout", "scoring": "scoring", "update": "update"}  # as this file and as a run call them

@@ -33,9 +33,10 @@ from torch import Tensor
 from opd.config.objective import DivergenceTerm
 from opd.config.shapes import ForwardKL, JensenShannon, ReverseKL, Shape
 from opd.config.slots import Full, Sampled, Support, TopK
+from opd.objectives.freed_memory import keep_freed_memory
 from opd.objectives.kernels.head_gradient import HeadGradient
 from opd.objectives.kernels.tiled import TermRows, TokenRows, tiled_loss
-from opd.objectives.product import keep_freed_memory, product, product_into
+from opd.objectives.product import product, product_into
 from opd.types import Head, ScorerRows
 
 CASES: dict[str, tuple[Shape, Support]] = {

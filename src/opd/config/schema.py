@@ -270,7 +270,7 @@ class Learner(Spec):
         description="padded tokens in one forward pass; memory grows with it, the gradient does not change",
     )
     chunk_tokens: int = Field(
-        default=512,
+        default=384,
         ge=1,
         description="tokens whose logits exist at the same time; at most this many x vocabulary floats, or 4 MB",
     )

@@ -22,9 +22,9 @@ from opd.models.answer_states import answer_states, can_share
 from opd.models.causal import CausalLM
 from opd.models.packing import pack, plan
 from opd.models.weights import ModuleWeights
+from opd.objectives.freed_memory import give_back_freed_memory
 from opd.objectives.kernels.choice import choose_kernel
 from opd.objectives.kernels.rows import TermRows, TokenRows, TokenValues
-from opd.objectives.kernels.scratch import Scratch
 from opd.objectives.objective import Objective
 from opd.objectives.plan import StepPlan
 from opd.objectives.selection import TokenLook
@@ -86,7 +86,6 @@ class LocalLearner:
         self.model = model
         self.objective = objective
         self.optimizer = make_optimizer(model, optim)
-        model.goes_through_head = True
         self.step = 0
         self.updates = 0
         self.bad_in_a_row = 0
@@ -94,7 +93,6 @@ class LocalLearner:
         self.tokens_per_micro_batch = spec.tokens_per_micro_batch
         self.chunk_tokens = spec.chunk_tokens
         self.kernel = choose_kernel(spec.kernel, model.device)
-        self._scratch = Scratch() if model.device.type == "cpu" else None  # torch keeps a device's memory itself
         self._optim = optim
         self._spec = spec
         self._total_updates = total_steps * spec.updates_per_batch
@@ -138,6 +136,8 @@ class LocalLearner:
         finally:
             if evidence is not None:
                 evidence.release()
+        if self.model.device.type == "cpu":
+            give_back_freed_memory()
         self.step += 1
         report = StepReport(step=self.step, applied=applied, metrics=metrics, scores=tally.scores())
         if self.bad_in_a_row >= self._spec.max_bad_steps:
@@ -198,8 +198,6 @@ class LocalLearner:
     def _take_less(self, rollouts_N: Sequence[Rollout], said: str) -> None:
         """Halves micro-batches, and then tiles, until a single short tile of the longest answer does not fit."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self._scratch is not None:
-            self._scratch.clear()
         torch.cuda.empty_cache()
         longest = max(len(r.prompt.ids) + len(r.response_ids) for r in rollouts_N)
         padded = len(rollouts_N) * longest
@@ -245,7 +243,6 @@ class LocalLearner:
             student_temperature=self.objective.spec.student_temperature,
             chunk_tokens=self.chunk_tokens,
             diagnostics=made.tally.diagnostics is not None,
-            scratch=self._scratch,
         )
         if made.tally.diagnostics is None:
             loss.backward()
@@ -291,7 +288,6 @@ class LocalLearner:
             scorers,
             student_temperature=self.objective.spec.student_temperature,
             chunk_tokens=self.chunk_tokens,
-            scratch=self._scratch,
         )
 
     def _hidden(self, batch: Batch) -> Tensor:

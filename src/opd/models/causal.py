@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opd.errors import ModelError
 from opd.objectives.head import head_logits
-from opd.objectives.product import FasterLayers
+from opd.objectives.product import FasterLinear
 from opd.types import Head
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ class CausalLM:
     compute_dtype  what matrix products run in; parameters may be wider (float32 master weights).
     adapter        the low-rank matrices that are trained beside the frozen parameters, None where there are none.
     max_positions  longest sequence the model was made for, None where it states none.
-    goes_through_head  whether every backward pass through `hidden` goes through the head, too, as a learner's does:
-                   where head and embedding are one table, the lookups then add rows to its gradient, and nothing else.
     shares_prompts whether answers may stand on a prompt that was read once; None until `answer_states` has tried it.
     """
 
@@ -43,7 +41,6 @@ class CausalLM:
         self.vocab_size = vocab_size
         self.compute_dtype = compute_dtype
         self.adapter: Adapter | None = None
-        self.goes_through_head = False
         self.shares_prompts: bool | None = None
         self._body = _body(self.module)
         self._body_takes = set(inspect.signature(self._body.forward).parameters)
@@ -123,18 +120,16 @@ class CausalLM:
             "use_cache": cache is not None,
             "past_key_values": cache,
         }
-        with self.autocast(), self._faster():
+        with self.autocast(), self._products():
             states_NSD = self._body(**{k: v for k, v in given.items() if k in self._body_takes}).last_hidden_state
         return states_NSD.to(self.compute_dtype)
 
-    def _faster(self) -> AbstractContextManager[Any]:
-        """Faster layers on a CPU. A layer that is recomputed must find what it saw the first time, and is recomputed
-        outside: it keeps torch's own."""
-        if self.device.type != "cpu" or self.recomputes:
+    def _products(self) -> AbstractContextManager[Any]:
+        """Faster products in float32 on a CPU. A layer that is recomputed must find what it saw the first time, and is
+        recomputed outside: it keeps torch's own."""
+        if self.device.type != "cpu" or self.compute_dtype != torch.float32 or self.recomputes:
             return nullcontext()
-        head = self.module.get_output_embeddings().weight
-        tied = self.goes_through_head and head.requires_grad and torch.is_grad_enabled()
-        return FasterLayers(tied_VD=head if tied else None)
+        return FasterLinear()
 
     @property
     def recomputes(self) -> bool:

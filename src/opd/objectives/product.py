@@ -9,7 +9,6 @@ other dtypes and for small matrices the ordinary product does the same work.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,19 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BLOCK = 2**22  # bytes of a result that is made before it is copied to its place: what a cache holds
-KEPT = 31 * 2**20  # bytes; below the 32 MiB past which glibc gives every freed array back to the system
 FLOAT_BYTES = 4
 SMALL = 2**22  # multiplications; below it what a new shape costs at its first use is more than what it saves
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Makes the C library keep what is freed for the next array, once in a process.
-
-    glibc learns from the arrays that are freed how much it may keep. Untaught, it asks the system for fresh pages at
-    every large array, which takes several times as long as computing its numbers.
-    """
-    torch.empty(KEPT, dtype=torch.uint8)
 
 
 def faster(left_MK: Tensor, right_NK: Tensor) -> bool:
@@ -107,24 +95,11 @@ class _Linear(torch.autograd.Function):
         return dx, dweight_NK
 
 
-class FasterLayers(TorchFunctionMode):
-    """While it is on, layers of models whose code is not ours are run faster; the results are theirs up to rounding.
-
-    Every linear layer in float32 is `linear`. The table `tied_VD`, which is an embedding and the head in one, gets from
-    its lookups the gradient of the rows that were looked up, and no [V, D] of zeros beside the head's own gradient.
-    """
-
-    def __init__(self, tied_VD: Tensor | None) -> None:
-        super().__init__()
-        self._tied_VD = tied_VD
+class FasterLinear(TorchFunctionMode):
+    """While it is on, every linear layer in float32 is `linear`: for models whose code is not ours."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is F.linear and not torch.is_autocast_enabled("cpu"):
             with torch._C.DisableTorchFunction():
-                return linear(*args, **kwargs)
-        if func is F.embedding and self._tied_VD is not None and args[1] is self._tied_VD:
-            names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-            given = dict(zip(names, args[2:], strict=False)) | kwargs | {"sparse": True}
-            return func(*args[:2], **given)
-        return func(*args, **kwargs)
+                return linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -19,7 +19,3 @@ class Scratch:
             self._arrays.pop(name, None)
             array = self._arrays[name] = torch.empty(rows * columns, dtype=dtype, device=device)
         return array[: rows * columns].view(rows, columns)
-
-    def clear(self) -> None:
-        """Gives everything back."""
-        self._arrays.clear()

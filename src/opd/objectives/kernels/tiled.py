@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opd.config.targets import STUDENT
+from opd.objectives.freed_memory import keep_freed_memory
 from opd.objectives.head import unordered_logits
 from opd.objectives.kernels.block import Block, block_tokens, part_tokens, tile_tokens
 from opd.objectives.kernels.checks import check_rows
@@ -32,7 +33,6 @@ from opd.objectives.kernels.rows import ScorerValues, TermRows, TermValues, Toke
 from opd.objectives.kernels.scratch import Scratch
 from opd.objectives.kernels.subset import Subset
 from opd.objectives.kernels.terms import TermOnBlock
-from opd.objectives.product import keep_freed_memory
 from opd.types import Head, ScorerRows
 
 __all__ = ["ScorerValues", "TermRows", "TermValues", "TokenRows", "TokenValues", "tiled_look", "tiled_loss"]
@@ -48,7 +48,6 @@ def tiled_loss(
     student_temperature: float,
     chunk_tokens: int,
     diagnostics: bool = False,
-    scratch: Scratch | None = None,
 ) -> tuple[Tensor, TokenValues]:
     """The weighted sum of all terms over these tokens (scalar, differentiable in `hidden_TD` and the head), and facts.
 
@@ -57,10 +56,9 @@ def tiled_loss(
     chunk_tokens  tokens whose logits exist at the same time, or 4 MB of them (`block.py`); no result depends on it
                   beyond rounding.
     diagnostics   adds what costs more passes over the vocabulary: forward KL, entropies, overlaps.
-    scratch       memory for logits that one call leaves to the next; without it every call asks for fresh memory.
     Raises ValueError when rows do not fit together (`checks.py`).
     """
-    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics, scratch)
+    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
     return loss_of(TiledPass, hidden_TD, task)
 
 
@@ -74,10 +72,9 @@ def tiled_look(
     student_temperature: float,
     chunk_tokens: int,
     diagnostics: bool = False,
-    scratch: Scratch | None = None,
 ) -> TokenValues:
     """The facts of `tiled_loss` alone: no gradient is made."""
-    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics, scratch)
+    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
     return look_of(TiledPass, hidden_TD, task)
 
 
@@ -108,7 +105,6 @@ class Task:
     temperature: float
     chunk_tokens: int
     diagnostics: bool
-    scratch: Scratch | None = None
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -166,7 +162,7 @@ class TiledPass:
         check_rows(self.tokens, task.rows, terms, scorers, widths=widths)
         self.task = task
         self.hidden_TD = hidden_TD
-        self.scratch = Scratch() if task.scratch is None else task.scratch
+        self.scratch = Scratch()
         self.head = self._prepared(STUDENT, head, hidden_TD.dtype)
         self.heads = {
             s.name: self._prepared(s.name, s.head, s.hidden_TD.dtype)

@@ -36,7 +36,6 @@ from opd.objectives.kernels.gradient import BlockGradient
 from opd.objectives.kernels.mixing import Target
 from opd.objectives.kernels.reading import Reading
 from opd.objectives.kernels.rows import TermRows, TokenRows, TokenValues
-from opd.objectives.kernels.scratch import Scratch
 from opd.objectives.kernels.subset import Subset
 from opd.objectives.kernels.terms import TermOnBlock
 from opd.objectives.kernels.tiled import Task, TiledPass, look_of, loss_of
@@ -55,13 +54,12 @@ def triton_loss(
     student_temperature: float,
     chunk_tokens: int,
     diagnostics: bool = False,
-    scratch: Scratch | None = None,
 ) -> tuple[Tensor, TokenValues]:
     """As `tiled_loss`, with the same results up to float32 rounding.
 
     Raises ValueError when rows do not fit together.
     """
-    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics, scratch)
+    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
     return loss_of(_pass(hidden_TD), hidden_TD, task)
 
 
@@ -75,10 +73,9 @@ def triton_look(
     student_temperature: float,
     chunk_tokens: int,
     diagnostics: bool = False,
-    scratch: Scratch | None = None,
 ) -> TokenValues:
     """As `tiled_look`, likewise."""
-    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics, scratch)
+    task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
     return look_of(_pass(hidden_TD), hidden_TD, task)
 
 
