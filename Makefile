@@ -50,6 +50,7 @@ $(PEERS)/.ready: bench/requirements-peers.txt constraints.txt
 	touch $@
 
 bench: $(VENV)/.ready $(PEERS)/.ready  ## every figure of docs/benchmarks.md, on a machine that does nothing else
+	$(MEASURE) bench/whole_step/quality.py --peer-python $(PEERS)/bin/python
 	$(MEASURE) bench/whole_step/run.py --peer-python $(PEERS)/bin/python
 	$(MEASURE) bench/kernel/run.py --peer-python $(PEERS)/bin/python
 	$(MEASURE) bench/tiled_kernel.py

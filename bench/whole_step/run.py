@@ -23,6 +23,7 @@ from results import not_measured, ratio, record
 from whole_step.cases import CASES, Case, make
 
 HERE = Path(__file__).parent
+UNMEASURED = ("trl_gkd", "trl_gold")  # trainers of TRL's experimental part
 WORKERS = {
     "ours": "ours.py",
     "trl": "theirs_trl.py",
@@ -77,6 +78,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--work", type=Path, help="where models and runs are written; none: a temporary folder")
     args = parser.parse_args()
+    for other in UNMEASURED:
+        record(("peers", other), not_measured("nobody has written a worker for it yet"))
     print("| case | precision | peer, s | ours, s | peer / ours | peer, MB | ours, MB | of its memory |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:

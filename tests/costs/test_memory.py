@@ -37,7 +37,7 @@ def test_exact_parts():
     assert parts["student_compute_copy"] == 2000
     assert parts["teacher_weights"] == 2000
     assert parts["kv_cache"] == 5 * 20 * 3 * 8 * 2
-    assert parts["logits_chunk"] == 7 * 32 * 50 * 4
+    assert parts["logits_chunk"] == 2 * 32 * 50 * 4
     assert all(isinstance(size, int) for size in parts.values())
 
 

@@ -15,7 +15,6 @@ from opd.costs.size import ModelSize
 
 # Quantised, beside the numbers: a float32 scale for every 64 of four bits; those of eight bits are one a row.
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
-LOGITS_COPIES = 7  # float32 [C, V] alive at the peak of objectives/kernels/tiled.py, counted there (JSD: 10)
 
 
 def training_memory(
@@ -53,7 +52,7 @@ def training_memory(
         "kv_cache": slots * max_len * student.attention_layers * student.kv_width * width,
         "activations": tokens_per_micro_batch
         * activation_bytes_per_token(student, width, gradient_checkpointing=gradient_checkpointing),
-        "logits_chunk": LOGITS_COPIES * 4 * chunk_tokens * student.vocab,
+        "logits_chunk": 4 * chunk_tokens * student.vocab * (1 + len(scorers) + len(copies)),  # a tile of each model
     }
     if adapter is not None:
         stored = student_weights or student_dtype

@@ -137,7 +137,7 @@ class LocalLearner:
             if evidence is not None:
                 evidence.release()
         if self.model.device.type == "cpu":
-            give_back_freed_memory()
+            give_back_freed_memory(4 * self.model.head.weight_VD.numel())
         self.step += 1
         report = StepReport(step=self.step, applied=applied, metrics=metrics, scores=tally.scores())
         if self.bad_in_a_row >= self._spec.max_bad_steps:

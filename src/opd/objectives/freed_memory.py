@@ -9,14 +9,7 @@ from typing import Any
 import torch
 
 KEPT = 31 * 2**20  # bytes; below the 32 MiB past which glibc gives every freed array back to the system
-WORTH = 128 * 2**20  # bytes of free memory below which giving it back is not worth the fresh pages of the next step
-
-
-class _HeapInfo(ctypes.Structure):
-    """glibc's `struct mallinfo2`; `fordblks` counts free bytes in the heap."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+LARGE = 128 * 2**20  # bytes of a gradient past which its peak, and not fresh pages, is what a step has to fear
 
 
 @cache
@@ -29,12 +22,13 @@ def keep_freed_memory() -> None:
     torch.empty(KEPT, dtype=torch.uint8)
 
 
-def give_back_freed_memory() -> None:
-    """Returns what the heap holds and nobody uses, where it is much: else the peak of the next step comes on top of it.
+def give_back_freed_memory(gradient_bytes: int) -> None:
+    """Returns what the heap holds and nobody uses, where the largest gradient of the next step is large: it is made
+    outside the heap, and would come on top. The pages are then asked for again, which small steps would feel.
 
     Nothing happens where the C library is another one.
     """
-    if (library := _glibc()) is not None and library.mallinfo2().fordblks > WORTH:
+    if gradient_bytes >= LARGE and (library := _glibc()) is not None:
         library.malloc_trim(0)
 
 
@@ -42,7 +36,6 @@ def give_back_freed_memory() -> None:
 def _glibc() -> Any | None:
     try:
         library = ctypes.CDLL(None)
-        library.mallinfo2.restype = _HeapInfo
         _ = library.malloc_trim
     except (AttributeError, OSError, TypeError):  # another C library, or none that can be asked
         return None
