@@ -265,9 +265,10 @@ class Optim(Spec):
 
 class Learner(Spec):
     tokens_per_micro_batch: int = Field(
-        default=16384,
+        default=4096,
         ge=1,
-        description="padded tokens in one forward pass; memory grows with it, the gradient does not change",
+        description="padded tokens in one forward pass; memory grows with it, the gradient does not change. A large "
+        "device may like more; a CPU does not: larger arrays than it keeps are fresh memory every time",
     )
     chunk_tokens: int = Field(
         default=384,
