@@ -87,6 +87,20 @@ def test_a_run_says_how_close_it_came_once_the_machine_is_known(world: Path, tmp
     assert "speed: " in capsys.readouterr().out
 
 
+def test_a_limit_that_cannot_be_told_is_a_warning_and_the_run_has_its_result(
+    world: Path, tmp_path: Path, capsys, monkeypatch, measured
+) -> None:
+    def broken(*args, **options):
+        raise RuntimeError("no such device")
+
+    items = recipe(world, tmp_path)
+    assert opd("roofline", *items) == 0
+    monkeypatch.setattr("opd.wiring.achieved.workload", broken)
+    assert opd("train", *items) == 0
+    assert "limit is not known: RuntimeError('no such device')" in capsys.readouterr().err
+    assert read_summary(tmp_path / "run")["limit"] is None
+
+
 def test_the_limit_is_that_of_the_answers_that_were_written(world: Path, tmp_path: Path, capsys, measured) -> None:
     """Half as long as they might be: the limit is near that of `--answer-tokens` at their mean."""
     horizon = {"sampling__horizon": json.dumps({"start": 5, "end": 5, "steps": 1})}

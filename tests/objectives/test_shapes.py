@@ -23,7 +23,7 @@ from opd.config.shapes import (
     TotalVariation,
     VerifierGatedKL,
 )
-from opd.objectives.shapes import maths, skew_forward, skew_reverse
+from opd.objectives.shapes import Pair, maths, skew_forward, skew_reverse
 
 RIGHT, WRONG = torch.tensor(True), torch.tensor(False)
 CASES = {
@@ -148,8 +148,9 @@ def test_h_is_the_one_in_the_table_and_f_mass_is_p_f(spec, right, seed: int) -> 
     torch.testing.assert_close(shape.h(logp, logq), torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(logp.exp() * shape.f(logp, logq), shape.f_mass(logp, logq), atol=1e-12, rtol=1e-9)
     torch.testing.assert_close(logp.exp() * shape.h(logp, logq), shape.h_mass(logp, logq), atol=1e-12, rtol=1e-9)
-    h_mass, value = shape.field(logp, logq)
+    h_mass, mean, value = shape.field(Pair.of(logp, logq))
     torch.testing.assert_close(h_mass, shape.h_mass(logp, logq))
+    torch.testing.assert_close(mean, h_mass.sum())
     torch.testing.assert_close(value, shape.f_mass(logp, logq).sum())
 
 
@@ -185,7 +186,7 @@ def test_h_grows_and_everything_is_finite_80_nats_away(spec, right, dtype) -> No
     exact = torch.tensor([field_of(spec, right, v) for v in x.tolist()], dtype=torch.float64)
     torch.testing.assert_close(h.double(), exact, atol=1e-5, rtol=1e-4)
     for logp, logq in ((x.clamp(max=0), (-x).clamp(max=0)), (base, x.clamp(max=0)), (x.clamp(max=0), base)):
-        for mass in (shape.h_mass(logp, logq), shape.f_mass(logp, logq), shape.field(logp, logq)[0]):
+        for mass in (shape.h_mass(logp, logq), shape.f_mass(logp, logq), shape.field(Pair.of(logp, logq))[0]):
             assert torch.isfinite(mass).all()
 
 
@@ -195,7 +196,8 @@ def test_M_2_tokens_without_mass_add_nothing(spec, right) -> None:
     logp, logq = pair(5)
     wider = [torch.cat([x, torch.tensor([-math.inf], dtype=x.dtype)]) for x in (logp, logq)]
     shape = maths(spec, right)
-    for field in (shape.f_mass, shape.h_mass, lambda p, q: shape.field(p, q)[0], lambda p, q: shape.field(p, q)[1]):
+    fields = [shape.f_mass, shape.h_mass, *(lambda p, q, n=n: shape.field(Pair.of(p, q))[n] for n in range(3))]
+    for field in fields:
         assert field(*wider).sum().item() == pytest.approx(field(logp, logq).sum().item(), abs=1e-12)
 
 

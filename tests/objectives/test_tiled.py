@@ -181,6 +181,19 @@ def test_O_14_gradients_under_every_head(support: str, variant, temperature: flo
     close(s.gradients(loss), expected)
 
 
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_O_14_gradients_in_16_bits_under_every_head(variant, temperature: float) -> None:
+    """Against float64 of the same 16-bit numbers; a head's own rounding is all that may be seen."""
+    narrow = setting(2, dtype=torch.bfloat16, **variant)
+    s = widened(narrow)
+    spec = DivergenceTerm(name="x", shape=JensenShannon(), importance=Ratio())
+    expected = s.gradients(s.naive(rows_of(spec), temperature=temperature))
+    found = narrow.gradients(narrow.run(rows_of(spec, dtype=torch.float32), temperature=temperature)[0])
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == torch.bfloat16 and (x.double() - y).norm() <= 0.02 * y.norm()
+
+
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("support", ["full", "sampled", "teacher_top_k-bucket", "union-sampled_correction"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

@@ -7,7 +7,9 @@ import torch
 
 from opd.config.objective import DivergenceTerm
 from opd.config.slots import Full, Sampled, TopK
-from opd.objectives.kernels.reading import log_softmax
+from opd.objectives.kernels.mixing import Target
+from opd.objectives.kernels.reading import Reading, log_softmax, softmax
+from opd.objectives.kernels.subset import Subset
 from opd.objectives.kernels.tiled import TermRows, TokenRows, tiled_loss
 from opd.types import Head, ScorerRows
 from tests.objectives.test_tiled import SHAPES
@@ -47,9 +49,24 @@ def test_O_14_rounding_does_not_grow_with_the_vocabulary(shape: str, support, sp
     assert (gradients[1] - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
+def test_the_distance_of_log_probabilities_is_exact_where_they_are_far_from_zero() -> None:
+    g = torch.Generator().manual_seed(1)
+    ours, theirs = torch.randn(2, 3, V, generator=g)
+    theirs += 20.0  # a constant says nothing
+    every, token = Subset(3), torch.zeros(3, dtype=torch.int64)
+    student, scorer = (Reading(every, token, logits_RV=x) for x in (ours, theirs))
+    ones = torch.ones(3)
+    target = Target(every, {"a": scorer}, {"a": ones}, {"a": every}, unit=True, token_M=token)
+    exact = theirs.double().log_softmax(-1) - ours.double().log_softmax(-1)
+    assert (target.gap(student, every) - exact).abs().max() < 3e-6
+    near = Target(every, {"a": student}, {"a": ones}, {"a": every}, unit=True, token_M=token)
+    assert not near.gap(student, every).any()
+
+
 def test_probabilities_sum_to_one() -> None:
     logits = 4.0 * torch.randn(3, V, generator=torch.Generator().manual_seed(1))
-    logp, p = log_softmax(logits)
+    logp, made = log_softmax(logits), softmax(logits)
+    p = made.unscaled_RV / made.sum_R1
     assert (p.double().sum(-1) - 1.0).abs().max() < 2e-7
     torch.testing.assert_close(logp.double(), torch.log_softmax(logits.double(), -1), atol=4e-6, rtol=0)
     assert (logp.double().exp().sum(-1) - 1.0).abs().max() < 1e-6

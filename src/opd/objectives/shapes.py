@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,15 +56,55 @@ FAR = 80.0  # nats; past it r is as good as infinite where it is bounded, and ex
 Field = Callable[[Tensor, Tensor], Tensor]
 
 
+class Pair:
+    """Student and target at the same entries. What nobody asks for is not made.
+
+    p, q   their probabilities, which belong to others.
+    gap    log q - log p, fresh at every call. From logits it is ten times as exact as from two log-probabilities, which
+           at 150,000 entries are far from 0 and are rounded there.
+    """
+
+    def __init__(
+        self,
+        logp: Callable[[], Tensor],
+        logq: Callable[[], Tensor],
+        *,
+        p: Callable[[], Tensor] | None = None,
+        q: Callable[[], Tensor] | None = None,
+        gap: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self._logp, self._logq = logp, logq
+        self._p, self._q = p or (lambda: self.logp.exp()), q or (lambda: self.logq.exp())
+        self.gap = gap or (lambda: self.logq - self.logp)
+
+    @classmethod
+    def of(cls, logp: Tensor, logq: Tensor) -> Pair:
+        return cls(lambda: logp, lambda: logq)
+
+    @cached_property
+    def logp(self) -> Tensor:
+        return self._logp()
+
+    @cached_property
+    def logq(self) -> Tensor:
+        return self._logq()
+
+    @cached_property
+    def p(self) -> Tensor:
+        return self._p()
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self._q()
+
+
 @dataclass(frozen=True)
 class ShapeMaths:
     """The functions of a shape; each takes (log p, log q).
 
     tilt  f(r) + tilt (r - 1) is the same divergence between normalised distributions, with slope 0 at r = 1: what an
           unnormalised sum over a part of the vocabulary needs (tail "drop").
-    both  (h_mass, f_mass summed over the last axis) of (log p, log q, p, q) where making them together is cheaper;
-          p and q may be None, and are not changed.
-    reads_q  whether `both` has a use for q.
+    both  p h(r), its sum over the last axis, and the divergence, where making them together is cheaper.
     """
 
     f_mass: Field
@@ -71,16 +112,14 @@ class ShapeMaths:
     h: Field
     f: Field
     tilt: float = 0.0
-    both: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]] | None = None
-    reads_q: bool = False
+    both: Callable[[Pair], tuple[Tensor, Tensor, Tensor]] | None = None
 
-    def field(
-        self, logp: Tensor, logq: Tensor, p: Tensor | None = None, q: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """p h(r), and the divergence: p f(r) summed over the last axis. p, q: their exponentials, where made."""
+    def field(self, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        """p h(r), its mean E_p[h], and the divergence: p f(r) summed over the last axis."""
         if self.both is not None:
-            return self.both(logp, logq, p, q)
-        return self.h_mass(logp, logq), self.f_mass(logp, logq).sum(-1)
+            return self.both(pair)
+        h_mass = self.h_mass(pair.logp, pair.logq)
+        return h_mass, h_mass.sum(-1), self.f_mass(pair.logp, pair.logq).sum(-1)
 
 
 def maths(spec: Shape, right: Tensor | None = None) -> ShapeMaths:
@@ -137,14 +176,13 @@ def _weighted(log_mass: Tensor, value: Tensor, mass: Tensor | None = None) -> Te
 # shows in the sums, which are not finite then: entries without mass, and models that return NaN.
 
 
-def _reverse_both(logp: Tensor, logq: Tensor, p: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tensor]:
-    p = logp.exp() if p is None else p
-    h_mass = (logq - logp).mul_(p)
-    value = -h_mass.sum(-1)
-    if suspects(value, _has_nan):
-        h_mass = _weighted(logp, log_ratio(logp, logq), p)
-        value = -h_mass.sum(-1)
-    return h_mass, value
+def _reverse_both(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    h_mass = pair.gap().mul_(pair.p)
+    mean = h_mass.sum(-1)
+    if suspects(mean, _has_nan):
+        h_mass = _weighted(pair.logp, log_ratio(pair.logp, pair.logq), pair.p)
+        mean = h_mass.sum(-1)
+    return h_mass, mean, -mean
 
 
 REVERSE_KL = ShapeMaths(
@@ -162,12 +200,12 @@ def _r_log_r(logp: Tensor, logq: Tensor) -> Tensor:
     return _weighted(gap, gap)
 
 
-def _forward_both(logp: Tensor, logq: Tensor, p: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tensor]:
-    q = logq.exp() if q is None else q
-    value = (logq - logp).mul_(q).sum(-1)
+def _forward_both(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    value = pair.gap().mul_(pair.q).sum(-1)
     if suspects(value, _has_nan):
-        value = _weighted(logq, log_ratio(logp, logq), q).sum(-1)
-    return q - (logp.exp() if p is None else p), value
+        value = _weighted(pair.logq, log_ratio(pair.logp, pair.logq), pair.q).sum(-1)
+    h_mass = pair.q - pair.p
+    return h_mass, h_mass.sum(-1), value
 
 
 FORWARD_KL = ShapeMaths(
@@ -177,7 +215,6 @@ FORWARD_KL = ShapeMaths(
     f=_r_log_r,
     tilt=-1.0,
     both=_forward_both,
-    reads_q=True,
 )
 
 
@@ -201,16 +238,16 @@ def jensen_shannon(beta: float, *, normalised: bool) -> ShapeMaths:
         of_teacher = _weighted(logq, gap - mixed) * (constant * beta)
         return _weighted(logp, mixed, p) * (constant * (1.0 - beta)), of_teacher
 
-    def both(logp: Tensor, logq: Tensor, p: Tensor | None, q: Tensor | None) -> tuple[Tensor, Tensor]:
-        p, q = logp.exp() if p is None else p, logq.exp() if q is None else q
+    def both(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+        p, q = pair.p, pair.q
         h_mass = (q - p).div_(p).mul_(beta).log1p_()  # `_log_mixed`; r - 1 = (q - p) / p costs less than expm1
-        of_teacher = (logq - logp).sub_(h_mass).mul_(q).sum(-1) * (constant * beta)
+        of_teacher = pair.gap().sub_(h_mass).mul_(q).sum(-1) * (constant * beta)
         h_mass.mul_(p).mul_(constant * (1.0 - beta))
-        value = of_teacher - h_mass.sum(-1)
-        if suspects(value, lambda x: ~x.isfinite().all()):  # p is nothing where q is something, too
-            h_mass, parts_of_teacher = parts(logp, logq, p)
-            value = parts_of_teacher.sum(-1) - h_mass.sum(-1)
-        return h_mass, value
+        mean = h_mass.sum(-1)
+        if suspects(of_teacher - mean, lambda x: ~x.isfinite().all()):  # p is nothing where q is something, too
+            h_mass, parts_of_teacher = parts(pair.logp, pair.logq, p)
+            of_teacher, mean = parts_of_teacher.sum(-1), h_mass.sum(-1)
+        return h_mass, mean, of_teacher - mean
 
     def f_mass(logp: Tensor, logq: Tensor) -> Tensor:
         h_mass, of_teacher = parts(logp, logq)
@@ -224,7 +261,7 @@ def jensen_shannon(beta: float, *, normalised: bool) -> ShapeMaths:
         near = gap.clamp(max=FAR)
         return constant * beta * _weighted(gap, near - _log_mixed(near, beta)) - h(logp, logq)
 
-    return ShapeMaths(f_mass=f_mass, h_mass=lambda logp, logq: parts(logp, logq)[0], h=h, f=f, both=both, reads_q=True)
+    return ShapeMaths(f_mass=f_mass, h_mass=lambda logp, logq: parts(logp, logq)[0], h=h, f=f, both=both)
 
 
 def skew_forward(alpha: float) -> ShapeMaths:

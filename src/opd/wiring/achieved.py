@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def achieved(
     rooms     what the run was billed by.
     measure   take two seconds where the machine was never measured; else None, as for a run without a step.
 
-    It is a remark about a run that is over: whatever goes wrong here, the run has its result, and this is None.
+    It is a remark about a run that is over: whatever goes wrong here, the run has its result, this is None, and a
+    warning says why.
     """
     try:
         lines = [line for line in read_metrics(folder) if line.get("rollouts") and line.get("response_tokens")]
@@ -58,7 +60,8 @@ def achieved(
             if rates[name] is None:
                 return None
         made = limit(step, rates)
-    except Exception:
+    except Exception as error:
+        warnings.warn(f"the share of this machine's limit is not known: {error!r}", RuntimeWarning, stacklevel=2)
         return None
     return {
         "seconds_per_step": made.seconds,

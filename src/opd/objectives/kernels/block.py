@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opd.config.targets import STUDENT
 from opd.objectives.kernels.mixing import Target
-from opd.objectives.kernels.reading import Reading, entropy
+from opd.objectives.kernels.reading import Reading
 from opd.objectives.kernels.rows import TermRows, TokenRows
 from opd.objectives.kernels.subset import Subset
 
@@ -68,7 +68,7 @@ class Block:
         self.start, self.size = start, student.rows.size
         self.everything = Subset(self.size)
         self._device = student.drawn_R.device
-        self._student, self._target = student, target
+        self.student, self._target = student, target
         self.drawn_B = student.drawn_R
         self._wide = self.drawn_B.dtype
         self.token_B = self.of(rows.token_T)
@@ -80,15 +80,15 @@ class Block:
 
     @property
     def logp_BV(self) -> Tensor:
-        return self._student.logp_RV
+        return self.student.logp_RV
 
     @cached_property
     def p_BV(self) -> Tensor:
-        return self._student.p_RV
+        return self.student.p_RV
 
-    @cached_property
+    @property
     def entropy_B(self) -> Tensor:
-        return entropy(self.p_BV, self.logp_BV)
+        return self.student.entropy_R
 
     def of(self, values_T: Tensor) -> Tensor:
         """[B]: these tokens' part of a tensor over the batch."""

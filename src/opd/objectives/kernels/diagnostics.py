@@ -45,4 +45,4 @@ def _reverse_kl(reading: Reading, block: Block) -> Tensor:
     if reading.reverse_kl is not None and len(reading.reverse_kl[0]) == len(reading.rows):
         return reading.reverse_kl[1]
     rows = reading.rows
-    return REVERSE_KL.field(rows.of(block.logp_BV), reading.logp_RV, rows.of(block.p_BV))[1]
+    return REVERSE_KL.f_mass(rows.of(block.logp_BV), reading.logp_RV).sum(-1)

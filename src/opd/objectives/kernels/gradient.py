@@ -24,9 +24,9 @@ class BlockGradient:
         self._drawn_B = p_BV.new_zeros(len(p_BV))
         self._points: list[tuple[Tensor, Tensor]] = []
 
-    def field(self, rows: Subset, h_mass_KV: Tensor, weight_K: Tensor) -> None:
+    def field(self, rows: Subset, h_mass_KV: Tensor, mean_K: Tensor, weight_K: Tensor) -> None:
         """-w (p h - p E_p[h]) over the vocabulary. Takes `h_mass_KV` over."""
-        self._along(rows, weight_K * h_mass_KV.sum(-1))
+        self._along(rows, weight_K * mean_K)
         self._add(rows, h_mass_KV.mul_(-weight_K[:, None]))
 
     def top_k(self, rows: Subset, field: TopKField, weight_K: Tensor) -> None:

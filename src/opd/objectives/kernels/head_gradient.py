@@ -24,7 +24,9 @@ class HeadGradient:
     ) -> None:
         device = hidden_TD.device
         self.hidden_TD = torch.zeros(hidden_TD.shape, dtype=wide, device=device) if hidden else None
-        self.weight_VD = torch.zeros(shape_VD, dtype=wide, device=device) if weight else None
+        fresh = torch.empty if len(hidden_TD) else torch.zeros
+        self.weight_VD = fresh(shape_VD, dtype=wide, device=device) if weight else None
+        self._begun = False  # the first tile is written, not added: to fill so much memory takes long
         self._states_TD = hidden_TD
 
     def add(self, tile: slice, dlogits_CV: Tensor, weight_VD: Tensor) -> None:
@@ -37,9 +39,19 @@ class HeadGradient:
             if self.weight_VD is None:
                 continue
             if faster(hidden_CD.T, dlogits_CB.T):  # made the other way round, which is faster
-                self.weight_VD[columns] += product(hidden_CD.T, dlogits_CB.T).T
+                self._to_weight(columns, product(hidden_CD.T, dlogits_CB.T).T)
             else:
-                self.weight_VD[columns] += wide_product(dlogits_CB.T, hidden_CD)
+                self._to_weight(columns, wide_product(dlogits_CB.T, hidden_CD))
+        if self.weight_VD is not None and not self._begun:
+            self.weight_VD[dlogits_CV.shape[1] :] = 0.0
+            self._begun = True
+
+    def _to_weight(self, columns: slice, part_BD: Tensor) -> None:
+        assert self.weight_VD is not None
+        if self._begun:
+            self.weight_VD[columns] += part_BD
+        else:
+            self.weight_VD[columns] = part_BD
 
     @staticmethod
     def _blocks(dlogits_CV: Tensor) -> Iterator[slice]:

@@ -43,7 +43,30 @@ class Target:
     def logq_MV(self) -> Tensor:
         """[M, V], normalised. A single scorer costs no copy."""
         mixed_MV = self._mixed(lambda reading: reading.logp_RV)
-        return mixed_MV if self._unit else log_softmax(mixed_MV)[0]
+        return mixed_MV if self._unit else log_softmax(mixed_MV)
+
+    def gap(self, student: Reading, kept: Subset) -> Tensor:
+        """[K, V], fresh: log q~ - log p at rows `kept`, of which these have evidence.
+
+        From logits where one scorer's distribution is the target, and both normalisers at once.
+        """
+        if not self._unit:
+            return kept.among(self.rows, self.logq_MV) - kept.of(student.logp_RV)
+        top_K, log_top_K = (kept.among(self.rows, x) for x in (self._tops_M, self._log_tops_M))
+        apart_K = (top_K - kept.of(student.top_R)).sub_(log_top_K - kept.of(student.log_top_R))
+        return (kept.among(self.rows, self._logits_MV) - kept.of(student.logits_RV)).sub_(apart_K[:, None])
+
+    @cached_property
+    def _logits_MV(self) -> Tensor:
+        return self._mixed(lambda reading: reading.logits_RV)
+
+    @cached_property
+    def _tops_M(self) -> Tensor:
+        return self._mixed(lambda reading: reading.top_R)
+
+    @cached_property
+    def _log_tops_M(self) -> Tensor:
+        return self._mixed(lambda reading: reading.log_top_R)
 
     @cached_property
     def q_MV(self) -> Tensor:

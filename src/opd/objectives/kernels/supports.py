@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from opd.config.slots import TopK
-from opd.objectives.shapes import ShapeMaths
+from opd.objectives.shapes import Pair, ShapeMaths
 
 MOST = 0.5  # of the student's probability
 
@@ -96,8 +96,8 @@ def top_k_field(
     resolved = torch.zeros_like(on_p, dtype=torch.bool)
     if spec.tail == "renormalise":
         logp, logq = (_scaled(x, chosen.counted) for x in (logp, logq))
-        h_mass, value_K = shape.field(logp, logq)
-        centred = h_mass - logp.exp() * h_mass.sum(-1, keepdim=True)
+        h_mass, mean_K, value_K = shape.field(Pair.of(logp, logq))
+        centred = h_mass - logp.exp() * mean_K[:, None]
         return TopKField(chosen, centred, None, None, None, value_K, on_p, on_q, resolved)
     h_mass = shape.h_mass(logp, logq)
     f_mass = shape.f_mass(logp, logq)

@@ -22,7 +22,7 @@ from opd.objectives.kernels.gradient import BlockGradient
 from opd.objectives.kernels.mixing import Target
 from opd.objectives.kernels.rows import TermRows
 from opd.objectives.kernels.supports import top_k_field
-from opd.objectives.shapes import ShapeMaths, maths
+from opd.objectives.shapes import Pair, ShapeMaths, maths
 
 
 def normalises(term: DivergenceTerm) -> bool:
@@ -80,10 +80,9 @@ class TermOnBlock:
         return self._pull(term, strength_K)
 
     def _full(self, term: DivergenceTerm, shape: ShapeMaths, target: Target) -> Tensor:
-        q_KV = self.kept.among(target.rows, target.q_MV) if shape.reads_q else None
-        h_mass_KV, value_K = shape.field(*self._pair(target), self.kept.of(self.block.p_BV), q_KV)
+        h_mass_KV, mean_K, value_K = shape.field(self._pair(target))
         if self.gradient is not None:
-            self.gradient.field(self.kept, h_mass_KV, self.weight_K)
+            self.gradient.field(self.kept, h_mass_KV, mean_K, self.weight_K)
         if isinstance(term.shape, ReverseKL) and target.single is not None:
             target.single.reverse_kl = (self.kept, value_K)
         self._put(ratio_T=torch.ones_like(value_K))
@@ -91,13 +90,12 @@ class TermOnBlock:
 
     def _mean_h(self, term: DivergenceTerm, shape: ShapeMaths, target: Target) -> Tensor:
         """E_p[h]."""
-        return shape.h_mass(*self._pair(target)).sum(-1)
+        return shape.field(self._pair(target))[1]
 
     def _top_k(self, term: DivergenceTerm, shape: ShapeMaths, target: Target, h_K: Tensor) -> Tensor:
         assert not isinstance(term.support, Full | Sampled)
-        logp_KV, logq_KV = self._pair(target)
-        p_KV, q_KV = self.kept.of(self.block.p_BV), self.kept.among(target.rows, target.q_MV)
-        field = top_k_field(term.support, shape, p_KV, logp_KV, q_KV, logq_KV)
+        pair = self._pair(target)
+        field = top_k_field(term.support, shape, pair.p, pair.logp, pair.q, pair.logq)
         self._put(student_mass_T=field.student_mass_K, target_mass_T=field.target_mass_K)
         self._put(unresolved_T=field.unresolved_K)
         if self.gradient is not None:
@@ -140,9 +138,16 @@ class TermOnBlock:
             return used_K, None
         return used_K, torch.where(used_K == 0, ratio_K.clamp(1 - rule.low, 1 + rule.high), used_K)
 
-    def _pair(self, target: Target) -> tuple[Tensor, Tensor]:
-        """log p and log q~ over the vocabulary."""
-        return self.kept.of(self.block.logp_BV), self.kept.among(target.rows, target.logq_MV)
+    def _pair(self, target: Target) -> Pair:
+        """p and q~ over the vocabulary."""
+        kept, block = self.kept, self.block
+        return Pair(
+            lambda: kept.of(block.logp_BV),
+            lambda: kept.among(target.rows, target.logq_MV),
+            p=lambda: kept.of(block.p_BV),
+            q=lambda: kept.among(target.rows, target.q_MV),
+            gap=lambda: target.gap(block.student, kept),
+        )
 
     def _of(self, values_T: Tensor) -> Tensor:
         return self.kept.of(self.block.of(values_T).to(self.weight_K.dtype))

@@ -33,6 +33,7 @@ from opd.objectives.kernels.rows import ScorerValues, TermRows, TermValues, Toke
 from opd.objectives.kernels.scratch import Scratch
 from opd.objectives.kernels.subset import Subset
 from opd.objectives.kernels.terms import TermOnBlock
+from opd.objectives.transfer import suspects
 from opd.types import Head, ScorerRows
 
 __all__ = ["ScorerValues", "TermRows", "TermValues", "TokenRows", "TokenValues", "tiled_look", "tiled_loss"]
@@ -145,7 +146,9 @@ class _TiledLoss(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Any) -> Any:
         (scale,) = outputs
         assert ctx.gradients is not None, "these gradients are made once; a second backward needs a second forward"
-        gradients = [None if g is None else g.mul_(scale) for g in ctx.gradients]  # ours alone: no second [V, D]
+        gradients = ctx.gradients  # ours alone: no second [V, D]
+        if suspects(scale, lambda x: x != 1.0):
+            gradients = [None if g is None else g.mul_(scale) for g in gradients]
         ctx.gradients = None
         return (*gradients, None, None, None)
 
@@ -199,16 +202,18 @@ class TiledPass:
         return self.columns.values([t.term.name for t in self.task.terms], [s.name for s in self.task.scorers])
 
     def fields(self, tile: slice, *, gradient: bool) -> Tensor:
-        """[C, V]: the gradient with respect to the student's logits, columns as the head's rows. Notes loss and facts.
+        """[C, V]: the gradient with respect to the student's logits, columns as the head's rows, in the dtype of `wide`
+        or in that of the next products. Notes loss and facts.
 
         Without `gradient` what comes back has no meaning.
         """
         logits_CV = self._logits(STUDENT, self.hidden_TD[tile], self.head)
         for part, scored, start, stop in self._blocks(tile):
             logits_BV = logits_CV[start - tile.start : stop - tile.start]
+            wide_BV = logits_BV.to(self.wide)
             readings = {s.name: self._reading(s, scored[s.name], part, start, stop) for s in self.task.scorers}
             token_B = self.task.rows.token_T[start:stop]
-            student = Reading(Subset(stop - start), token_B, logits_RV=self._scaled(logits_BV))
+            student = Reading(Subset(stop - start), token_B, logits_RV=self._scaled(wide_BV))
             block = Block(start, student, self.task.rows, readings, self.mixes)
             into = BlockGradient(block.p_BV, block.token_B) if gradient else None
             note_student(block, self.columns)
@@ -218,7 +223,7 @@ class TiledPass:
                 if len(reading.rows):
                     note_scorer(name, reading, block, self.columns, everything=self.task.diagnostics)
             if into is not None:
-                self._to_logits(into.total(), logits_BV)
+                logits_BV.copy_(self._to_logits(into.total(), wide_BV))
         return logits_CV
 
     def _blocks(self, tile: slice) -> Iterator[tuple[slice, dict[str, Tensor | None], int, int]]:
@@ -236,16 +241,25 @@ class TiledPass:
         at = self.edges[scorer.name]
         hidden_RD = scorer.hidden_TD[at[tile.start] : at[tile.stop]]
         logits_RV = self._logits(scorer.name, hidden_RD, self.heads[scorer.name])
-        return logits_RV if scorer.temperature == 1.0 else logits_RV.div_(scorer.temperature)
+        return logits_RV if scorer.temperature == 1.0 else logits_RV.to(self.wide).div_(scorer.temperature)
 
     def _logits(self, name: str, hidden_RD: Tensor, head: Head) -> Tensor:
         """[R, V] in this model's buffer, which the next tile overwrites."""
         if len(hidden_RD) == 0:
             return self.hidden_TD.new_empty(0, head.vocab_size)
-        wide = torch.promote_types(hidden_RD.dtype, torch.float32)
-        return unordered_logits(
-            hidden_RD, head, self.scratch.take(name, len(hidden_RD), head.vocab_size, wide, hidden_RD.device)
-        )
+        dtype = self._tile_dtype(hidden_RD, head)
+        into_RV = self.scratch.take(name, len(hidden_RD), head.vocab_size, dtype, hidden_RD.device)
+        if torch.promote_types(dtype, torch.float32) != dtype:
+            return torch.mm(hidden_RD, head.weight_VD.T, out=into_RV)
+        return unordered_logits(hidden_RD, head, into_RV)
+
+    def _tile_dtype(self, hidden_RD: Tensor, head: Head) -> torch.dtype:
+        """What the logits of a tile are kept in: a host rounds its products to their own dtype in any case, and so are
+        gradients before the next products; nothing is lost if both stay like that, and half the memory is moved."""
+        plain = head.bias_V is None and head.scale == 1.0 and head.softcap is None
+        if plain and hidden_RD.device.type == "cpu":
+            return hidden_RD.dtype
+        return torch.promote_types(hidden_RD.dtype, torch.float32)
 
     def _reading(self, scorer: ScorerRows, logits_RV: Tensor | None, tile: slice, start: int, stop: int) -> Reading:
         rows, part = self._rows_of(scorer, start, stop)
@@ -272,8 +286,8 @@ class TiledPass:
             logits_BV = logits_BV.index_select(1, self.head.order_V)
         return logits_BV if self.task.temperature == 1.0 else logits_BV / self.task.temperature
 
-    def _to_logits(self, gradient_BV: Tensor, logits_BV: Tensor) -> None:
-        """Carries a gradient through temperature, order, softcap and scale, into the place of the logits."""
+    def _to_logits(self, gradient_BV: Tensor, logits_BV: Tensor) -> Tensor:
+        """Carries a gradient through temperature, order, softcap and scale; both are used up."""
         factor = self.head.scale / self.task.temperature
         if factor != 1.0:
             gradient_BV *= factor
@@ -282,7 +296,7 @@ class TiledPass:
         if self.head.softcap is not None:
             slope_BV = logits_BV.div_(self.head.softcap).square_().neg_().add_(1.0)
             gradient_BV *= slope_BV
-        logits_BV.copy_(gradient_BV)
+        return gradient_BV
 
 
 def _starts(tile: slice, step: int) -> range:

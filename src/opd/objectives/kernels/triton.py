@@ -128,6 +128,9 @@ class TritonPass(TiledPass):
         hidden_RD = scorer.hidden_TD[at[tile.start] : at[tile.stop]]
         return self._product(scorer.name, hidden_RD, self.heads[scorer.name])
 
+    def _tile_dtype(self, hidden_RD: Tensor, head: Head) -> torch.dtype:
+        return self.wide  # what the kernels read and write
+
     def _product(self, name: str, hidden_RD: Tensor, head: Head) -> Tensor:
         """States times head, and nothing else."""
         return self._logits(name, hidden_RD, Head(head.weight_VD, head.vocab_size))
@@ -153,6 +156,10 @@ class WrittenReading(Reading):
     def __init__(self, rows: Subset, token_R: Tensor, logits: Logits) -> None:
         super().__init__(rows, token_R, logits_RV=logits.raw_RV)
         self.logits = logits
+
+    @property
+    def logits_RV(self) -> Tensor:
+        return self.logp_RV
 
     @cached_property
     def logp_RV(self) -> Tensor:
@@ -183,6 +190,8 @@ class WrittenReading(Reading):
 class TritonBlock(Block):
     """A block whose student is not written down unless a term needs it."""
 
+    student: WrittenReading
+
     def __init__(
         self,
         start: int,
@@ -191,12 +200,7 @@ class TritonBlock(Block):
         readings: Mapping[str, Reading],
         mixes: Sequence[Sequence[TermRows]],
     ) -> None:
-        self.student = student
         super().__init__(start, student, rows, readings, mixes, target=TritonTarget)
-
-    @cached_property
-    def entropy_B(self) -> Tensor:
-        return self.student.entropy_R
 
 
 class TritonTarget(Target):
