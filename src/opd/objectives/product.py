@@ -55,7 +55,7 @@ def product_into(left_MK: Tensor, right_NK: Tensor, into_MN: Tensor) -> Tensor:
         lefts = (left_MK,)
     else:
         lefts = tuple(part.contiguous() for part in left_MK.split(INNER, 1))
-    for columns in column_blocks(*into_MN.shape, bytes=BLOCK // min(2, len(lefts))):
+    for columns in column_blocks(*into_MN.shape, share=min(2, len(lefts))):
         rights = (right_NK[columns],) if len(lefts) == 1 else right_NK[columns].split(INNER, 1)
         first, *others = (product(left, right.contiguous()) for left, right in zip(lefts, rights, strict=True))
         for other in others:
@@ -64,9 +64,9 @@ def product_into(left_MK: Tensor, right_NK: Tensor, into_MN: Tensor) -> Tensor:
     return into_MN
 
 
-def column_blocks(rows: int, columns: int, *, bytes: int = BLOCK) -> Iterator[slice]:
-    """Parts of a float32 [rows, columns] that are small enough to be kept when they are freed."""
-    width = max(1, bytes // (FLOAT_BYTES * rows))
+def column_blocks(rows: int, columns: int, *, share: int = 1) -> Iterator[slice]:
+    """Parts of a float32 [rows, columns] that are small enough to be kept when they are freed; of BLOCK / share."""
+    width = max(1, BLOCK // (FLOAT_BYTES * share * rows))
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))
 
