@@ -55,6 +55,7 @@ bench: $(VENV)/.ready $(PEERS)/.ready  ## every figure of docs/benchmarks.md, on
 	$(MEASURE) bench/kernel/run.py --peer-python $(PEERS)/bin/python
 	$(MEASURE) bench/tiled_kernel.py
 	$(MEASURE) bench/decode.py
+	$(MEASURE) bench/parts.py
 	$(MEASURE) bench/floor.py
 	$(MEASURE) bench/growth.py
 	$(MEASURE) bench/growth_figures.py

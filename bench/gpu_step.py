@@ -27,9 +27,6 @@ import argparse
 import copy
 import gc
 import json
-import os
-import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -38,9 +35,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import numpy as np
 import torch
 import transformers
+from gpu_peer import against_trl, compared, spread
+from results import not_measured
 
 from opd.config.objective import Objective as ObjectiveSpec
 from opd.config.presets import expand
@@ -294,26 +295,6 @@ def step(bench: Bench) -> dict[str, Any]:
     }
 
 
-def against_trl(python: str | None, work: Work, ours: Sequence[float], runs: int, warm_up: int) -> dict[str, Any]:
-    """TRL's step in an environment of its own, with the largest micro-batch that fits; not in turn with ours."""
-    if python is None:
-        return not_measured("no interpreter with TRL was named (--trl-python)")
-    asked = {name: getattr(work, name) for name in ("rows", "prompt_tokens", "new_tokens")}
-    asked |= {"student": work.student.config(), "teacher": work.teacher.config(), "runs": runs, "warm_up": warm_up}
-    batch = work.rows
-    while batch:
-        command = [python, str(Path(__file__).with_name("gpu_step_trl.py")), json.dumps(asked | {"batch": batch})]
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode == 0:
-            theirs = json.loads(done.stdout.splitlines()[-1])["seconds"]
-            return compared(ours, theirs, work.answer_tokens, "TRL DistillationTrainer", micro_batch=batch)
-        if "out of memory" not in done.stderr:
-            return not_measured(f"TRL failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-        batch //= 2
-    return not_measured("TRL ran out of memory with one row in a micro-batch")
-
-
 def useful_flops(work: Work, model: CausalLM) -> float:
     """Of one forward pass over the rows, as the head of this file counts them."""
     size: ModelSize = model_size(model.config.to_dict(), model.parameter_count)
@@ -324,40 +305,12 @@ def useful_flops(work: Work, model: CausalLM) -> float:
     return body + 4.0 * size.attention_layers * size.attention_width * pairs
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values), "runs": len(values)}
-
-
 def used(times: Sequence[float], tokens: int, flops: float, rates: Mapping[str, float | None]) -> dict[str, Any]:
     made: dict[str, Any] = {"seconds": spread(times), "tokens_per_second": spread([tokens / s for s in times])}
     for name, rate in rates.items():
         share = None if rate is None else spread([flops / s / rate for s in times])
         made[f"mfu_of_{name}"] = not_measured("this device's data sheet is not listed here") if share is None else share
     return made
-
-
-def compared(ours: Sequence[float], peer: Sequence[float], tokens: int, who: str, **more: Any) -> dict[str, Any]:
-    """Seconds of pairs of runs; the ratio is theirs by ours, with a bootstrap of its median."""
-    pairs = min(len(ours), len(peer))
-    ratios = np.array(peer[:pairs]) / np.array(ours[:pairs])
-    rng = np.random.default_rng(0)
-    drawn = np.median(ratios[rng.integers(0, len(ratios), (2000, len(ratios)))], axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {
-        "ours": spread([tokens / s for s in ours]),
-        "peer": spread([tokens / s for s in peer]),
-        "unit": "tokens/s",
-        "peer_is": who,
-        "ratio_median": float(np.median(ratios)),
-        "ratio_low": float(low),
-        "ratio_high": float(high),
-        "pairs": pairs,
-        **more,
-    }
-
-
-def not_measured(reason: str) -> dict[str, str]:
-    return {"status": "not_measured", "reason": reason}
 
 
 def measured(device: torch.device, what: str, part: Callable[[], dict[str, Any]], failed: list[str]) -> dict[str, Any]:
@@ -406,10 +359,11 @@ def one(name: str, work: Work, device: torch.device, args: argparse.Namespace, f
     found |= {part: not_measured("there were no models") for part in PARTS if part not in found} | {"models": made}
     free(device)
     times = found["step"].pop("times", None)
-    if times is None:
-        found["step_against_trl"] = not_measured("our own step was not measured")
-    else:
-        found["step_against_trl"] = against_trl(args.trl_python, work, times, args.runs, args.warm_up)
+    for key, vllm in (("step_against_trl", False), ("step_against_trl_vllm", True)):
+        if times is None:
+            found[key] = not_measured("our own step was not measured")
+        else:
+            found[key] = against_trl(args.trl_python, work, times, args.runs, args.warm_up, vllm=vllm)
     return found
 
 

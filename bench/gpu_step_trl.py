@@ -3,7 +3,8 @@
     python bench/gpu_step_trl.py '{"student": {...}, "teacher": {...}, "rows": 64, ...}'
 
 Prints the seconds of every step after the first `warm_up` as JSON. Nothing of opd is imported. Each step writes, scores
-and trains all rows; where they do not fit into one micro-batch, `batch` of them at a time.
+and trains all rows; where they do not fit into one micro-batch, `batch` of them at a time. With "vllm": true they are
+written by vLLM in the same process (`vllm_mode="colocate"`), which has to be in that environment.
 """
 
 from __future__ import annotations
@@ -67,13 +68,21 @@ def main() -> None:
     prompts = [" ".join(f"w{rng.randrange(V - 2)}" for _ in range(asked["prompt_tokens"])) for _ in range(rows)]
     steps, clock = asked["warm_up"] + asked["runs"], Clock()
     with tempfile.TemporaryDirectory() as folder:
+        student, tokenizer = model(asked["student"], device, torch.float32), words(V)
+        how: dict = {"generation_kwargs": {"min_new_tokens": asked["new_tokens"]}}
+        if asked["vllm"]:
+            student.save_pretrained(f"{folder}/student")  # vLLM reads a model from a folder
+            tokenizer.save_pretrained(f"{folder}/student")
+            student = type(student).from_pretrained(f"{folder}/student", dtype=torch.float32).to(device)
+            how |= {"use_vllm": True, "vllm_mode": "colocate"}
+            how["vllm_max_model_length"] = asked["prompt_tokens"] + asked["new_tokens"] + 1
         args = DistillationConfig(
             output_dir=folder,
             per_device_train_batch_size=asked["batch"],
             gradient_accumulation_steps=rows // asked["batch"],
             max_steps=steps,
             max_completion_length=asked["new_tokens"],
-            generation_kwargs={"min_new_tokens": asked["new_tokens"]},
+            **how,
             beta=1.0,
             bf16=device == "cuda",
             use_cpu=device == "cpu",
@@ -84,11 +93,11 @@ def main() -> None:
             disable_tqdm=True,
         )
         trainer = DistillationTrainer(
-            model=model(asked["student"], device, torch.float32),
+            model=student,
             teacher_model=model(asked["teacher"], device, narrow),
             args=args,
             train_dataset=Dataset.from_dict({"prompt": prompts * steps}),
-            processing_class=words(V),
+            processing_class=tokenizer,
             callbacks=[clock],
         )
         trainer.train()

@@ -37,9 +37,19 @@ TERMS = {
     "sampled": "reverse KL, drawn tokens",
     "teacher_top_k": "reverse KL, teacher's top 32, bucket",
 }
+STEP_PEERS = {"trl_gkd": "TRL, GKDTrainer", "trl_gold": "TRL, GOLDTrainer"}
+STEP_CASES = ("v408", "v32k")
+PARTS = {
+    "scoring.v408": "scoring 8 answers of 128 tokens, V = 408",
+    "scoring.v32k": "the same, V = 32,768",
+    "scoring.grouped": "scoring 8 answers of 64 tokens to each of 4 prompts of 512, V = 408",
+    "sampler.408": "drawing a token for 8 rows, V = 408",
+    "sampler.32768": "the same, V = 32,768",
+    "sampler.151936": "the same, V = 151,936",
+}
 GROWTH = {"pass": ("tokens", "vocab", "teachers", "k"), "update": ("answer", "rows", "vocab", "teachers")}
 ERRORS = ("peer_loss_error", "loss_error", "peer_gradient_error", "gradient_error")
-GPU_PARTS = ("decode", "scoring", "training", "step", "step_against_trl")
+GPU_PARTS = ("decode", "scoring", "training", "step", "step_against_trl", "step_against_trl_vllm")
 GROWTH_OF = {"pass": "pass over the vocabulary", "update": "whole update"}
 
 Found = Mapping[str, Any]
@@ -128,6 +138,34 @@ def efficiency(results: Found) -> str:
     return table(("precision", "part", "products alone, s", "measured, s", "share"), rows())
 
 
+def parts(results: Found) -> str:
+    def cells(found: Found) -> Row:
+        return small(found["peer"]), small(found["ours"]), factor(found)
+
+    def rows() -> Iterator[Row]:
+        for name, says in PARTS.items():
+            yield says, *measured(at(results, "parts", *name.split(".")), cells, 3)
+        found = at(results, "parts", "record", "demo")
+        if "status" in found:
+            yield "record of a step", *measured(found, cells, 3)
+        else:
+            share = f"{found['share']:.3f} ({found['low']:.3f} to {found['high']:.3f}) of the step"
+            yield "record of a step, the quick demo's size", "-", small(found["record"]), share
+
+    return table(("part", "the simple way, s", "opd, s", "ratio"), rows())
+
+
+def peers(results: Found) -> str:
+    def rows() -> Iterator[Row]:
+        for peer, called in STEP_PEERS.items():
+            for case in STEP_CASES:
+                for precision in PRECISIONS:
+                    found = at(results, "peers", peer, case, precision)
+                    yield called, SAYS[case], precision, *measured(found, beside, 5)
+
+    return table(("trainer", "case", "precision", "its, s", "opd, s", "its / opd", "its, MB", "opd, MB"), rows())
+
+
 def growth(results: Found) -> str:
     def cells(found: Found) -> Row:
         slope = found["seconds_slope"]
@@ -178,9 +216,11 @@ NOTHING = {"status": "not_measured", "reason": "nobody has run it yet"}
 BLOCKS: Mapping[str, Callable[[Found], str]] = {
     "machine": machine,
     "whole_step": whole_step,
+    "peers": peers,
     "kernel": kernel,
     "products": products,
     "decode": decode,
+    "parts": parts,
     "efficiency": efficiency,
     "growth": growth,
     "gpu": gpu,
@@ -220,6 +260,11 @@ def beside(found: Found) -> Row:
 def two(value: float) -> str:
     """Seconds."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def small(value: float) -> str:
+    """Seconds, or fractions of one."""
+    return f"{value:.2f}" if value >= 0.1 else f"{1e3 * value:.2f} ms"
 
 
 def power(value: float) -> str:

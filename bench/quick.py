@@ -9,13 +9,8 @@ fail; it fails where the code does.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,15 +21,10 @@ from growth import Sizes, Update
 from kernel.ours import reverse_kl
 from kernel.setting import Inputs
 from kernel.setting import Sizes as PassSizes
-from results import interval, ratio
-from rich.console import Console
+from parts import in_turn, record
+from results import ratio
 
-from opd.config.loading import load_config
 from opd.config.schema import Learner
-from opd.lab.demo.run import load_recipe, write_data
-from opd.wiring.run import execute
-
-PHASES = ("rollout", "scoring", "update", "sync", "journal")
 
 
 def pass_over_vocabulary(rounds: int) -> str:
@@ -72,40 +62,13 @@ def shared_prompts(rounds: int) -> str:
     return line("update on 8 answers to each prompt, against prompts read 8 times", *times)
 
 
-def record(steps: int) -> str:
+def journal(steps: int) -> str:
     """What a step of the demo's size spends on writing its record."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_data(folder, quick=True)
-        recipe = load_recipe(folder, "full", quick=True)
-        recipe["run"]["steps"] = steps
-        recipe["optim"]["warmup_steps"] = 0
-        del recipe["evals"]
-        execute(load_config([], base=recipe).config, console=Console(quiet=True))
-        lines = [json.loads(each) for each in (folder / "full" / "metrics.jsonl").read_text().splitlines()]
-    # a line is written before the record of its step is: the first has no time for one
-    spent = {
-        name: [now[f"seconds_{name}"] - then[f"seconds_{name}"] for then, now in pairwise(lines[1:])] for name in PHASES
-    }
-    whole = [sum(parts) for parts in zip(*spent.values(), strict=True)]
-    shares = [100 * part / step for part, step in zip(spent["journal"], whole, strict=True)]
-    low, high = interval(shares)
-    return (
-        f"record of a step: {statistics.median(spent['journal']):.4f} s of {statistics.median(whole):.3f} s, "
-        f"{statistics.median(shares):.1f} % ({low:.1f} to {high:.1f} %)"
+    found = record(steps)
+    shares = (100 * found[name] for name in ("share", "low", "high"))
+    return f"record of a step: {found['record']:.4f} s of {found['step']:.3f} s, " + (
+        "{:.1f} % ({:.1f} to {:.1f} %)".format(*shares)
     )
-
-
-def in_turn(ours: Callable[[], object], naive: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds of every round of both; one round before them is not counted."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds + 1):
-        for work, times in zip((ours, naive), seconds, strict=True):
-            began = time.perf_counter()
-            work()
-            if turn:
-                times.append(time.perf_counter() - began)
-    return seconds
 
 
 def line(name: str, ours: Sequence[float], naive: Sequence[float]) -> str:
@@ -120,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     for measured in (pass_over_vocabulary, writing, shared_prompts):
         print(measured(args.rounds), flush=True)
-    print(record(steps=args.rounds + 3))
+    print(journal(steps=args.rounds + 3))
 
 
 if __name__ == "__main__":

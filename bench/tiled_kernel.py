@@ -36,7 +36,7 @@ from opd.config.slots import Full, Sampled, Support, TopK
 from opd.objectives.freed_memory import keep_freed_memory
 from opd.objectives.kernels.head_gradient import HeadGradient
 from opd.objectives.kernels.tiled import TermRows, TokenRows, tiled_loss
-from opd.objectives.product import product, product_into
+from opd.objectives.product import product_into
 from opd.types import Head, ScorerRows
 
 CASES: dict[str, tuple[Shape, Support]] = {
@@ -104,8 +104,8 @@ class Products:
         keep_freed_memory()
         self.of = of
         self.student_CV, self.teacher_CV = (torch.zeros(of.sizes.tile, of.sizes.vocab) for _ in range(2))
-        self.dhidden_TD = torch.zeros_like(of.hidden_TD)
-        self.dweight = HeadGradient(of.weight_VD.shape, torch.float32, of.weight_VD.device)
+        states_TD, shape_VD = of.hidden_TD.detach(), of.weight_VD.shape
+        self.gradient = HeadGradient(states_TD, shape_VD, torch.float32, hidden=True, weight=True)
 
     @torch.no_grad()
     def run(self) -> None:
@@ -114,8 +114,7 @@ class Products:
             tile = slice(start, min(start + step, of.sizes.tokens))
             logits_CV = product_into(of.hidden_TD[tile], of.weight_VD, self.student_CV[: tile.stop - start])
             product_into(of.teacher_TD[tile], of.teacher_VD, self.teacher_CV[: tile.stop - start])
-            self.dhidden_TD[tile] = product(logits_CV, of.weight_VD.T)
-            self.dweight.add(logits_CV, of.hidden_TD[tile])
+            self.gradient.add(tile, logits_CV, of.weight_VD)
 
     @property
     def flops(self) -> int:

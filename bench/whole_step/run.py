@@ -23,17 +23,19 @@ from results import not_measured, ratio, record
 from whole_step.cases import CASES, Case, make
 
 HERE = Path(__file__).parent
-UNMEASURED = ("trl_gkd", "trl_gold")  # trainers of TRL's experimental part
 WORKERS = {
-    "ours": "ours.py",
-    "trl": "theirs_trl.py",
+    "ours": ("ours.py",),
+    "trl": ("theirs_trl.py",),
+    "trl_gkd": ("theirs_trl.py", "--trainer=gkd"),
+    "trl_gold": ("theirs_trl.py", "--trainer=gold"),
 }
 WARM_UP = 1
 
 
 def start(side: str, python: str, folder: Path, out: Path, *, steps: int, precision: str, lr: float = 1e-5) -> Worker:
     """A worker of at most `steps` steps on what `cases.make` wrote into `folder`; its run goes to `out`."""
-    command = [python, str(HERE / WORKERS[side]), str(folder), "--steps", str(steps), "--precision", precision]
+    script, *options = WORKERS[side]
+    command = [python, str(HERE / script), str(folder), *options, "--steps", str(steps), "--precision", precision]
     return Worker([*command, "--lr", str(lr), "--out", str(out)])
 
 
@@ -78,8 +80,6 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--work", type=Path, help="where models and runs are written; none: a temporary folder")
     args = parser.parse_args()
-    for other in UNMEASURED:
-        record(("peers", other), not_measured("nobody has written a worker for it yet"))
     print("| case | precision | peer, s | ours, s | peer / ours | peer, MB | ours, MB | of its memory |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:

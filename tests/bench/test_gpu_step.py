@@ -44,7 +44,13 @@ def test_every_part_is_measured_and_merged_into_the_figures_that_are_there(monke
     assert tiny["step"]["response_tokens_per_second"]["high"] == pytest.approx(rows / tiny["step"]["seconds"]["low"])
     parts = sum(part["median"] for part in tiny["step"]["parts"].values())
     assert parts == pytest.approx(tiny["step"]["seconds"]["median"], rel=0.3)
-    assert tiny["step_against_trl"] == {**SHARED, "reason": "no interpreter with TRL was named (--trl-python)"}
+    for key in ("step_against_trl", "step_against_trl_vllm"):
+        assert tiny[key] == {**SHARED, "reason": "no interpreter with TRL was named (--trl-python)"}
+
+
+def test_an_environment_without_vllm_is_a_reason() -> None:
+    found = gpu_step.against_trl(sys.executable, gpu_step.TINY["tiny"], [1.0], 1, 0, vllm=True)
+    assert found == {**SHARED, "reason": "the environment of TRL has no vLLM"}
 
 
 def test_a_part_without_memory_is_not_measured_and_the_rest_goes_on(monkeypatch, tmp_path: Path) -> None:

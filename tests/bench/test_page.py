@@ -51,6 +51,18 @@ def test_shape_of_whole_step(results: dict[str, Any], case: str, precision: str)
     fits(section(results, "whole_step", case, precision), RATIO)
 
 
+@pytest.mark.parametrize("peer", page.STEP_PEERS)
+@pytest.mark.parametrize("case", page.STEP_CASES)
+@pytest.mark.parametrize("precision", page.PRECISIONS)
+def test_shape_of_other_trainers(results: dict[str, Any], peer: str, case: str, precision: str) -> None:
+    fits(section(results, "peers", peer, case, precision), RATIO)
+
+
+@pytest.mark.parametrize("part", page.PARTS)
+def test_shape_of_smaller_parts(results: dict[str, Any], part: str) -> None:
+    fits(section(results, "parts", *part.split(".")), RATIO)
+
+
 @pytest.mark.parametrize("peer", page.PEERS)
 @pytest.mark.parametrize("dtype", page.DTYPES)
 def test_shape_of_kernel_and_memory(results: dict[str, Any], peer: str, dtype: str) -> None:

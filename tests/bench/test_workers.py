@@ -135,6 +135,24 @@ def test_slopes_are_those_of_the_law() -> None:
     assert found["slope"] == pytest.approx(1.0) and found["low"] < 1.0 < found["high"]
 
 
+def test_the_pass_and_its_products_are_measured() -> None:
+    tiled = script("tiled_kernel")
+    sizes = tiled.Sizes(tokens=8, vocab=500, student_width=8, teacher_width=8, tile=4)
+    for case in tiled.CASES:
+        found = tiled.measure_time(sizes, case, runs=2)
+        assert set(found) == {"products", "pass", "cpu_products", "cpu_pass"}
+        assert all(len(seconds) == 2 for seconds in found.values())
+    assert tiled.measure_memory(sizes, "reverse")["extra_mb"] < 100
+
+
+def test_the_smaller_parts_are_measured(tmp_path: Path) -> None:
+    parts = script("parts")
+    for answers in (parts.Answers(2, 1, 4, 6, 50), parts.Answers(2, 3, 9, 2, 50)):
+        found = parts.scoring(answers, rounds=2)
+        assert found["pairs"] == 2 and found["ours"] > 0
+    assert parts.sampler(300, rounds=2)["pairs"] == 2
+
+
 @pytest.mark.parametrize("part", ["pass", "update"])
 def test_growth_is_measured_and_drawn(part: str) -> None:
     growth, figures = script("growth"), script("growth_figures")

@@ -57,6 +57,22 @@ def test_of_a_student_with_an_adapter_only_the_adapter_is_paid_for_four_times():
     assert all(parts[part] == whole[part] for part in ("kv_cache", "activations", "logits_chunk"))
 
 
+def test_the_sampler_copies_weights_that_it_packs_or_writes_with_in_another_type():
+    size = ModelSize(**{**vars(SIZE), "tables": 900})  # a table of 50 x 16 counts twice: 800 + 100 of a position table
+    read = 1000 - 900 + 50 * 16
+    for more, width, cache in (
+        ({}, 0, 2),
+        ({"sampler_dtype": "bfloat16"}, 0, 2),
+        ({"sampler_dtype": "float32"}, 4, 4),
+        ({"on_host": True}, 2, 4),
+        ({"on_host": True, "sampler_dtype": "float32"}, 4, 4),
+    ):
+        parts = training_memory(size, {}, **SETTINGS, **more)
+        assert parts["sampler_weights"] == width * read and parts["kv_cache"] == 5 * 20 * 3 * 8 * cache
+    own = training_memory(size, {}, **SETTINGS, adapter=10, student_weights="int4", on_host=True)
+    assert own["sampler_weights"] == 0, "a quantised model writes with its own forward"
+
+
 def test_tables_are_not_quantised():
     size = ModelSize(**{**vars(SIZE), "tables": 300})
     for adapter in (None, 10):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from opd.learner import diagnostics
 from opd.learner.diagnostics import GradientNoise
 from tests import rooms
 from tests.learner.kinds import OWN, SAMPLED, step
@@ -206,8 +207,9 @@ def test_the_closer_look_changes_no_gradient(parts) -> None:
     assert torch.equal(*found)
 
 
-def test_gradient_noise_finds_the_mean_and_spread_that_samples_were_drawn_with() -> None:
+def test_gradient_noise_finds_the_mean_and_spread_that_samples_were_drawn_with(monkeypatch) -> None:
     """8 gradients of 2000 numbers with mean 2 and deviation 2: eight times 4 / 4."""
+    monkeypatch.setattr(diagnostics, "PART", 300)
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.zeros(2000, dtype=torch.float64))
     unread = torch.nn.Parameter(torch.zeros(3))
@@ -220,12 +222,15 @@ def test_gradient_noise_finds_the_mean_and_spread_that_samples_were_drawn_with()
     assert noise.ratio() == pytest.approx(8.0, rel=0.1)
 
 
-def test_gradient_noise_needs_four_micro_batches(parts) -> None:
+def test_gradient_noise_needs_four_micro_batches_and_looks_at_no_gradient_without_them(parts, monkeypatch) -> None:
     student, panel, made = parts
+    looked: list[int] = []
+    square = diagnostics._square
+    monkeypatch.setattr(diagnostics, "_square", lambda g: looked.append(g.numel()) or square(g))
     for budget, there in ((10_000, False), (80, True)):
         learner = rooms.learner(student, rooms.objective({"name": "t"}), tokens_per_micro_batch=budget)
         seen = learner.gradients(made, panel.evidence(made), diagnostics=True)
-        assert ("gradient_snr" in seen) == there
+        assert ("gradient_snr" in seen) == there == bool(looked)
 
 
 def test_how_much_a_scorers_log_probabilities_spread(parts) -> None:

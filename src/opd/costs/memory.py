@@ -30,6 +30,8 @@ def training_memory(
     gradient_checkpointing: bool,
     adapter: int | None = None,
     student_weights: str | None = None,
+    sampler_dtype: str | None = None,
+    on_host: bool = False,
 ) -> dict[str, int]:
     """Bytes by part when sampler, scorers and learner stand on one device; their sum is the need. Order is stable.
 
@@ -41,15 +43,21 @@ def training_memory(
     slots, max_len  answers written at the same time, and tokens of the longest prompt plus answer.
     adapter         parameters of a LoRA adapter; the student's own are then frozen. None: all are trained.
     student_weights what frozen weights are stored in (as a scorer's); read only with an adapter.
+    sampler_dtype   what answers are written in; None: the compute type. Another one is a copy of the weights.
+    on_host         the device is a CPU: the sampler keeps its cache in float32, and its weights packed: a copy.
     """
-    width = BYTES[student_dtype]
+    width, sampled = BYTES[student_dtype], BYTES[sampler_dtype or student_dtype]
+    quantised = adapter is not None and student_weights in ("int8", "int4")  # the model writes with its own forward
+    copied = (on_host or sampled != width) and not quantised
+    multiplied = student.parameters - student.tables + student.vocab * student.hidden
     who, trained = ("student", student.parameters) if adapter is None else ("adapter", adapter)
     parts: dict[str, float] = {
         f"{who}_master_weights": 4 * trained,
         f"{who}_gradients": 4 * trained,
         "adam_moments": 8 * trained,
         "student_compute_copy": 0 if adapter is not None or student_dtype == "float32" else width * trained,
-        "kv_cache": slots * max_len * student.attention_layers * student.kv_width * width,
+        "sampler_weights": sampled * min(multiplied, student.parameters) if copied else 0,
+        "kv_cache": slots * max_len * student.attention_layers * student.kv_width * (4 if on_host else sampled),
         "activations": tokens_per_micro_batch
         * activation_bytes_per_token(student, width, gradient_checkpointing=gradient_checkpointing),
         "logits_chunk": 4 * chunk_tokens * student.vocab * (1 + len(scorers) + len(copies)),  # a tile of each model

@@ -17,6 +17,7 @@ from opd.types import Batch, ScorerRows
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p999": 0.999}
 TENTHS = 10  # parts of an answer
+PART = 2**22  # numbers of a gradient that are added up at a time
 FEWEST_SAMPLES = 4  # micro-batches, below which the spread of their gradients says nothing
 FACTS = ("forward_kl", "entropy", "overlap", "overlap_mass")
 
@@ -118,10 +119,18 @@ class GradientNoise:
     def __init__(self) -> None:
         self._squares: list[Tensor] = []
         self._total: Tensor | None = None
+        self._enough = True
+
+    def expect(self, micro_batches: int) -> None:
+        """How many there will be: with fewer than four nothing is looked at."""
+        self._enough = micro_batches >= FEWEST_SAMPLES
 
     @contextmanager
     def watch(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Around one backward pass: notes the squared norm of what it adds, in no memory of its own."""
+        if not self._enough:
+            yield
+            return
         parts: list[Tensor] = []
         hooks = [p.register_hook(lambda g: parts.append(_square(g))) for p in parameters]
         try:
@@ -134,6 +143,8 @@ class GradientNoise:
 
     def end(self, parameters: Sequence[nn.Parameter]) -> None:
         """After the last backward pass: the gradients are whole."""
+        if not self._enough:
+            return
         parts = [_square(p.grad) for p in parameters if p.grad is not None]
         if parts:
             self._total = torch.stack([part.to(parts[0].device) for part in parts]).sum()
@@ -151,8 +162,9 @@ class GradientNoise:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Its squared norm, added up in float64 without a copy of it."""
-    return torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64).square()
+    """Its squared norm, added up in float64; in parts, because torch makes a copy in that type."""
+    parts = gradient.detach().reshape(-1).split(PART)
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]).square_().sum()
 
 
 def _tenth(batch: Batch) -> Tensor:

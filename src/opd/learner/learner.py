@@ -181,7 +181,10 @@ class LocalLearner:
                     merge(look.found.read(), invalid)
                     whole = self.objective.plan(self.step, rollouts_N, invalid, looks)
                 made = _Pass(evidence, wants, whole, proximal, tally, found)
-                for group in self._groups(rollouts_N):
+                groups = self._groups(rollouts_N)
+                if tally.diagnostics is not None:
+                    tally.diagnostics.noise.expect(len(groups))
+                for group in groups:
                     self._micro_batch(group, made)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

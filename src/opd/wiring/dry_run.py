@@ -230,6 +230,8 @@ def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
         gradient_checkpointing=student.gradient_checkpointing,
         adapter=None if student.lora is None else adapter_targets(student).parameters(student.lora.rank),
         student_weights=stored_type(student),
+        sampler_dtype=None if config.engine.dtype == "auto" else config.engine.dtype,
+        on_host=device.type == "cpu",
     )
     if device.type == "cuda":
         available: int | None = torch.cuda.mem_get_info(device)[0]
