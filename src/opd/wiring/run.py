@@ -33,7 +33,8 @@ from opd.wiring.build import (
     training_params,
 )
 from opd.wiring.elsewhere import check_elsewhere
-from opd.wiring.session import Run, Session, report
+from opd.wiring.result import Run, report
+from opd.wiring.session import Session
 from opd.wiring.starting import begin, changes, existing, finished, stored
 from opd.wiring.vllm import check_engine
 from opd.wiring.writing import check_writers, make_rewards

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from opd.config.behaviours import Speculative, TeacherMixed, TeacherWrites, writ
 from opd.config.engines import VllmEngine
 from opd.config.loading import config_hash, resolved
 from opd.config.schema import Config
-from opd.config.scorers import all_scorers, examined
+from opd.config.scorers import examined
 from opd.costs.ledger import Ledger
 from opd.errors import Interrupted, OpdError, OutOfSpace, ServiceUnavailable
 from opd.journal.reader import read_evals
-from opd.journal.records import Status, summary_record
+from opd.journal.records import Status
 from opd.learner.learner import LocalLearner
 from opd.loop.rewards import AnswerRewards
 from opd.loop.synchronous import Listener, Rooms, train
@@ -38,28 +38,16 @@ from opd.stopping import Stopping
 from opd.types import Rollout, SamplingParams, StepReport
 from opd.wiring.achieved import LONG, achieved
 from opd.wiring.alarms import Alarms
-from opd.wiring.build import PreparedTask, Texts, config_size, cut_answers, exam_format, read_prompts
-from opd.wiring.exams import Exams, interval
+from opd.wiring.build import PreparedTask, Texts, config_size, exam_format, read_prompts
+from opd.wiring.exams import Exams
+from opd.wiring.headline import headline
 from opd.wiring.keeping import Keeping
-from opd.wiring.scorers import Scorers, called
+from opd.wiring.result import Run, report, summary_of
+from opd.wiring.scorers import Scorers
 from opd.wiring.starting import Start, same_run
 from opd.wiring.viewing import Viewing
 from opd.wiring.vllm import VllmRoom
 from opd.wiring.writing import StudentEngine, make_sampler, student_engine
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    folder    everything about it (metrics, rollouts, config, summary).
-    student   folder of the trained model, for `AutoModelForCausalLM.from_pretrained`.
-    summary   what `summary.json` says.
-    """
-
-    folder: Path
-    student: Path
-    summary: Mapping[str, Any]
 
 
 class Session:
@@ -82,10 +70,11 @@ class Session:
         self.params, self.start, self.folder, self.view, self.ledger = params, start, start.folder, view, ledger
         self.rewards, self.stopping = rewards, stopping
         self.vllm: VllmRoom | None = None
+        self._outside = ExitStack()  # ends what runs outside of this process
         self.trained_tokens = 0
         self.stopped_by: str | None = None
         done = 0 if start.found is None else start.found.step
-        view.start(config.run.steps, self._headline(), done=done)
+        view.start(config.run.steps, headline(config, texts, prompts, self.folder.path), done=done)
         view.phase("loading models")
         try:
             with ledger.seconds("load"):
@@ -100,7 +89,7 @@ class Session:
                 on_failure=functools.partial(self._note, "tracker"),
             )
         except BaseException:
-            self._close()
+            self._outside.close()
             raise
 
     # ---- before the first step -----------------------------------------------------------------------------------
@@ -112,6 +101,7 @@ class Session:
         next_token_logits(self.student, self.student.head, [prompt.ids for prompt in first])
         read = read_prompts(config, self.prompts.prompts())
         self.scorers = Scorers(config, texts, self.student, read, on_wait=self.view.phase)
+        self._outside.callback(self.scorers.close)
         self.objective = Objective(config.objective, special_ids=texts.student.tokenizer.special_ids)
         self.learner = LocalLearner(
             self.student,
@@ -212,7 +202,7 @@ class Session:
         """Keeps what there is, writes the result and shows it. A further signal is taken at once."""
         torn, steps = self.stopping.held, self.learner.step
         self.stopping.hold()
-        self._close()
+        self._outside.close()
         try:
             if status != "done" and steps and not torn:
                 self.keeping.checkpoint(self._facts())
@@ -263,14 +253,8 @@ class Session:
             self.folder.path,
             note=functools.partial(self._note, "engine"),
         )
+        self._outside.callback(self.vllm.close)
         return self.vllm.sampler
-
-    def _close(self) -> None:
-        """Ends what runs outside of this process."""
-        if self.vllm is not None:
-            self.vllm.close()
-        if hasattr(self, "scorers"):  # not where loading failed before them
-            self.scorers.close()
 
     def _engine(self, model: CausalLM) -> EmbeddedEngine:
         return student_engine(self.config, model, seed=self.config.run.seed)
@@ -421,53 +405,14 @@ class Session:
         return achieved(*parts, measure=measure)
 
     def _summary(self, status: Status, limit: dict[str, Any] | None = None) -> dict[str, Any]:
-        before, teacher = self.exams.of_first(0), self.exams.of_first(0, "teacher")
-        after = self.exams.of_first(self.config.run.steps)
-        return summary_record(
+        return summary_of(
+            self.config,
+            self.exams,
+            self.ledger,
             status=status,
-            preset=self.config.objective.preset,
-            task=self.exams.first,
-            n=None if before is None else before["n"],
-            k=None if before is None else before["k"],
-            ci_method=None if before is None else before["ci_method"],
-            student_before=interval(before),
-            student_after=interval(after),
-            teacher=interval(teacher),
-            seconds=self.ledger.elapsed,
-            seconds_by_phase=self.ledger.seconds_by_phase,
             tokens=self.trained_tokens,
-            flops=self.ledger.total().flops,
             steps=self.learner.step,
             resumes=self.start.resumes,
             stopped_by=self.stopped_by,
             limit=limit,
         )
-
-    def _headline(self) -> list[str]:
-        config = self.config
-        scorers = [f"{name} {called(scorer)}" for name, scorer in all_scorers(config).items()]
-        terms = " + ".join(t.name for t in config.objective.terms)
-        lines = [
-            f"student {config.student.model}",
-            *(scorers or ["no teacher"]),
-            f"objective {config.objective.preset or terms}",
-            f"{counted(len(self.prompts), 'prompt')}, {config.prompts.per_step} a step",
-            f"folder {self.folder.path}",
-        ]
-        limit = config.prompts.max_prompt_tokens
-        dropped = [(name, n) for name, n in self.prompts.dropped.items() if n]
-        lines += [f"{name}: {counted(n, 'prompt')} dropped, longer than {limit} tokens" for name, n in dropped]
-        notes = self.texts.notes
-        if cut := cut_answers(config, self.prompts):
-            notes.append(cut)
-        return lines + [f"note: {note}" for note in notes]
-
-
-def report(folder: Path, view: RunView) -> None:
-    """A page about the run; a page that cannot be written is not worth a run."""
-    from opd.reports.page.report import write_report
-
-    try:
-        view.message(f"report: {write_report(folder)}")
-    except (OpdError, OSError, ValueError) as error:
-        view.message(f"no report was written: {error}")
