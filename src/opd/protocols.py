@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from opd.types import Batch, Grade, Prompt, Rollout, Row, SamplingParams, ScorerRows, StepReport, Want
+from opd.types import Batch, Grade, Prompt, Rollout, Row, SamplingParams, ScorerRows, Spans, StepReport, Want
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,11 @@ class Weights(Protocol):
 
 class EvidenceHandle(Protocol):
     """Lazy evidence on a batch of rollouts: nothing is computed or held until a micro-batch pulls it."""
+
+    def spans(self) -> Mapping[str, Mapping[str, Spans]]:
+        """Scorer to rollout id to how their tokens fit: of scorers with another tokenizer than the student's, and of
+        no others. It is known from the text alone, before anything is pulled."""
+        ...
 
     def prepare(self, wants: Mapping[str, Want]) -> int:
         """What the update is going to pull: a scorer that is far away may begin with it. Nothing is waited for.

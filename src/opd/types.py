@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 Behaviour = Literal["student", "dataset", "teacher", "teacher_mixed", "speculative", "cached"]
 Resolution = Literal["sampled", "entries", "full"]
+Joined = Literal["strict", "span", "gold", "alm"]  # how a scorer's tokens become the student's: config/alignments.py
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,29 @@ class Want:
                    in this process gives the whole vocabulary for entries, too.
     top_k          of entries: so many of the scorer's own most likely tokens.
     student_top_k  of entries: so many of the student's, named in `Batch.student_top_TK`.
+    joined         what a scorer with another tokenizer has rows for, see `ScorerRows`; of no matter to others.
     """
 
     resolution: Resolution
     rollouts: frozenset[str]
     top_k: int = 0
     student_top_k: int = 0
+    joined: Joined = "strict"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spans:
+    """How the tokens of one answer fit to those that a scorer with another tokenizer reads for it: T of the student's,
+    U of the scorer's. A span is the least run of both that is the same text; spans are numbered from 0 in its order.
+
+    span_T  int64 [T]: the span of each of the student's tokens, -1 where the scorer read nothing, or something else.
+    span_U  int64 [U]: the same of the scorer's tokens. Every span has tokens of both.
+    same_T  bool [T]: the span is one token of either side, and these are the same entry of both vocabularies.
+    """
+
+    span_T: NDArray[np.int64]
+    span_U: NDArray[np.int64]
+    same_T: NDArray[np.bool_]
 
 
 class Message(TypedDict):
@@ -157,7 +175,8 @@ class Head:
     """The last linear layer of a model, as numbers: logits = softcap(scale * (hidden @ weight.T + bias)).
 
     weight_VD  [V, D]; only the first `vocab_size` rows are real tokens, the rest is padding and never read.
-    order_V    None, or int64 [vocab_size]: row order_V[v] scores token v (two end tokens exchanged between formats).
+    order_V    None, or int64: row order_V[v] scores token v. [vocab_size] where two end tokens are exchanged between
+               formats; of a scorer with another tokenizer as long as the student's vocabulary, -1 for what it lacks.
     """
 
     weight_VD: torch.Tensor
@@ -182,6 +201,17 @@ class ScorerRows:
                   present, beside `logprobs_T`, when the resolution is "entries" and no more is known. In the student's
                   numbering; no token twice in a row.
     temperature   what the logits are divided by before the softmax.
+
+    A scorer with another tokenizer has rows for fewer tokens, `Want.joined` says which, and three fields more:
+
+    strict        the tokens where `Spans.same_T` holds.
+    span, alm     all tokens of spans. `logprobs_T` at each is that of the span over the number of the student's tokens
+                  in it: sums over a span are exact.
+    gold          the last token of each span, with the states that predict the scorer's last token of it.
+
+    shared_V      bool, as long as the student's vocabulary: the tokens that both have. None: all, one tokenizer.
+    own_token_T   int64 [R]: the scorer's token at the row; present when the resolution is "full".
+    before_T      float32 [R]: log-probability of the scorer's tokens of the span before that one; with gold.
     """
 
     name: str
@@ -194,6 +224,9 @@ class ScorerRows:
     entries_TK: torch.Tensor | None = None
     index_T: torch.Tensor | None = None
     known_index_T: NDArray[np.int64] | None = None
+    shared_V: torch.Tensor | None = None
+    own_token_T: torch.Tensor | None = None
+    before_T: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from opd.config.alignments import AnyAlignment, Strict
 from opd.config.behaviours import AnyBehaviour, BehaviourKind
 from opd.config.shapes import AnyShape, ReverseKL
 from opd.config.slots import AnySupport, Credit, Full, Importance, NoImportance, Number, Tokens
@@ -52,6 +53,9 @@ class DivergenceTerm(TermBase):
         "learner.updates_per_batch updates",
     )
     importance: Importance = NoImportance()
+    alignment: AnyAlignment = Field(
+        default=Strict(), description="how tokens are joined with those of a scorer that has another tokenizer"
+    )
 
 
 class OutcomeTerm(TermBase):
