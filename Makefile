@@ -79,6 +79,7 @@ bench: $(VENV)/.ready $(PEERS)/.ready  ## every figure of docs/benchmarks.md, on
 	$(MEASURE) bench/floor.py
 	$(MEASURE) bench/growth.py
 	$(MEASURE) bench/growth_figures.py
+	$(MEASURE) bench/alignment.py
 	$(MEASURE) bench/page.py
 
 bench-quick: $(VENV)/.ready  ## less than three minutes: our ways beside the simple ones

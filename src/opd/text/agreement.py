@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opd.errors import ModelError
 from opd.text.formats import PromptFormat
+from opd.text.probes import PROBES as PROBES
 from opd.text.tokenizer import Tokenizer
 from opd.types import Row
-
-# Where tokenizers of different families part: digits, white space, code, scripts, normalisation, joined characters.
-PROBES = (
-    "The quick brown fox jumps over the lazy dog, again and again; don't, I'LL, we've.",
-    " leading, trailing and  double   spaces    ",
-    "\ttabs\tand\n\nblank lines\r\nand Windows ones\n \n",
-    "1234567890 3.14159 1,000,000 12+7=19 0x1F 2026-01-31 ½ ² ٣",
-    "def f(x: int) -> str:\n    return f'{x!r:>8}'  # comment\n",
-    "if (a != b && c[0] == '\\n') { x->y += 1; } /* */ <div class=\"q\">&amp;</div>",
-    r"$\frac{a^2+b_1}{\sqrt{2}} \leq \int_0^\infty e^{-x}\,dx$ \boxed{42}",
-    "naïve café e\u0301 ﬁne Å Å ＡＢＣ ①",
-    "Größe, œuvre, Ελλάδα, Россия, עברית, العربية, हिन्दी, ภาษาไทย",
-    "中文分词，日本語のテキスト、한국어 문장",
-    "😀👩‍👩‍👧‍👦🏳️‍🌈 🇪🇺 👍🏽",
-    "zero\u200bwidth\u00a0no-break\u2009thin\ufeff\u202eright to left",
-    "aaaaaaaaaaaaaaaa !!!!!!!! ........ -------- ======== ________",
-    "https://example.org/a_b?c=d&e=%20#f user@example.org C:\\dir\\file.txt",
-    "MixedCaseIdentifierHTTPServer snake_case_name kebab-case UPPER lower",
-    "Step 1: sort the letters hgfe -> efgh. The answer is efgh.",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +24,10 @@ class Agreement:
     end_map     exchanges (student id, teacher id): the teacher reads either id as the other. Empty, or one pair: the
                 student's primary end token and the teacher's.
     notes       what fits well enough to run but is worth a look, in words.
+    foreign     False: `opd.text.crossing` is for teachers with another tokenizer.
     """
+
+    foreign: ClassVar[bool] = False
 
     vocab_size: int
     end_map: tuple[tuple[int, int], ...] = ()
@@ -72,7 +57,13 @@ def compare(student: PromptFormat, teacher: PromptFormat) -> Agreement:
     `<|im_end|>` is heard about `<|endoftext|>`. That needs two tokens that are never text, and that both know. Ends
     beyond the primary ones that only one side has leave a note: at worst some answers go on for longer.
     """
-    _same_tokens(student.tokenizer, teacher.tokenizer)
+    parted = difference(student.tokenizer, teacher.tokenizer)
+    if parted is not None:
+        raise ModelError(
+            f"student {student.tokenizer.source} ({student.tokenizer.vocab_size} tokens) and teacher "
+            f"{teacher.tokenizer.source} ({teacher.tokenizer.vocab_size} tokens) have different tokenizers, and here "
+            f"one is read as the other: choose a teacher with the student's tokenizer. {parted}"
+        )
     agreement = Agreement(vocab_size=student.tokenizer.vocab_size, end_map=_exchange(student, teacher))
     return replace(agreement, notes=_notes(student, teacher, agreement))
 
@@ -90,40 +81,27 @@ def rendered_difference(student: PromptFormat, teacher: PromptFormat, row: Row, 
     return "\n".join([*parts, f"--- difference (- student, + {name})", *(line.rstrip("\n") for line in lines)])
 
 
-def _same_tokens(student: Tokenizer, teacher: Tokenizer) -> None:
+def difference(student: Tokenizer, teacher: Tokenizer) -> str | None:
+    """Where two tokenizers part, in words; None where every token of the student's is the same one to the teacher."""
     if student.fingerprint == teacher.fingerprint:
-        return
+        return None
     ours, theirs = student.tokens, teacher.tokens
     different = [n for n in sorted(ours.keys() | theirs.keys()) if ours.get(n) != theirs.get(n)]
     inside = [n for n in different if n in ours or n < student.vocab_size]
     if inside:
         shown = "; ".join(f"{n}: {ours.get(n)!r} and {theirs.get(n)!r}" for n in inside[:5])
-        raise ModelError(
-            _refusal(student, teacher)
-            + f"{len(inside)} ids of the student's mean something else to the teacher, the first: {shown}"
-        )
+        return f"{len(inside)} ids of the student's mean something else to the teacher, the first: {shown}"
     words = [theirs[n] for n in different if n not in teacher.added_ids]
     if words:
-        raise ModelError(
-            _refusal(student, teacher)
-            + f"the teacher has {len(words)} words that the student does not know, the first: {words[:5]}"
-        )
+        return f"the teacher has {len(words)} words that the student does not know, the first: {words[:5]}"
     for probe in PROBES:
         a, b = student.encode(probe), teacher.encode(probe)
         if a != b:
-            raise ModelError(
-                _refusal(student, teacher)
-                + f"the vocabularies agree, but {probe!r} is encoded as {[ours[n] for n in a]} by the student and as "
+            return (
+                f"the vocabularies agree, but {probe!r} is encoded as {[ours[n] for n in a]} by the student and as "
                 f"{[theirs[n] for n in b]} by the teacher"
             )
-
-
-def _refusal(student: Tokenizer, teacher: Tokenizer) -> str:
-    return (
-        f"student {student.source} ({student.vocab_size} tokens) and teacher {teacher.source} ({teacher.vocab_size} "
-        "tokens) have different tokenizers; distillation across tokenizers is not there yet, choose a teacher with "
-        "the student's tokenizer. "
-    )
+    return None
 
 
 def _exchange(student: PromptFormat, teacher: PromptFormat) -> tuple[tuple[int, int], ...]:
@@ -147,14 +125,18 @@ def _exchange(student: PromptFormat, teacher: PromptFormat) -> tuple[tuple[int, 
     return ((ours, theirs),)
 
 
+def closing_notes(student: PromptFormat, teacher: PromptFormat) -> list[str]:
+    """Where one of them does not end answers with what its own chat template closes them with."""
+    return [
+        f"the {who}'s chat template closes answers with {fmt.tokenizer.tokens[fmt.closing_id]!r}, which is "
+        f"not among its end tokens {_names(fmt)}: right for a base model, else set {who}.format.end_tokens"
+        for who, fmt in (("student", student), ("teacher", teacher))
+        if fmt.closing_id is not None and fmt.closing_id not in fmt.end_ids
+    ]
+
+
 def _notes(student: PromptFormat, teacher: PromptFormat, agreement: Agreement) -> tuple[str, ...]:
-    notes = []
-    for who, fmt in (("student", student), ("teacher", teacher)):
-        if fmt.closing_id is not None and fmt.closing_id not in fmt.end_ids:
-            notes.append(
-                f"the {who}'s chat template closes answers with {fmt.tokenizer.tokens[fmt.closing_id]!r}, which is "
-                f"not among its end tokens {_names(fmt)}: right for a base model, else set {who}.format.end_tokens"
-            )
+    notes = closing_notes(student, teacher)
     read_as = dict(zip(student.end_ids, agreement.teacher_ids(np.array(student.end_ids)).tolist(), strict=True))
     only_student = [n for n in student.end_ids if read_as[n] not in teacher.end_ids]
     only_teacher = [n for n in teacher.end_ids if n not in read_as.values() and n < agreement.vocab_size]

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Encoding
 
 from opd.errors import DataError, ModelError
 from opd.text.contexts import PromptContext
+from opd.text.guard import Guard
 from opd.text.tokenizer import Tokenizer
 from opd.types import Message, Row
 
@@ -31,6 +33,38 @@ class Format:
     system_prompt: str | None
     chat_template_kwargs: Mapping[str, Any]
     end_tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The end of a prompt, that answers are read behind: sealed text and its ids.
+
+    It begins with the last control token, where tokenizers begin anew, so that a long prompt is not encoded with every
+    answer. All of the prompt, without a BOS that is put in front, where it has no control token. Empty for raw text.
+    """
+
+    sealed: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Behind:
+    """An answer as it was encoded, behind `skipped` tokens and `offset` characters of its prompt."""
+
+    encoding: Encoding
+    skipped: int
+    offset: int
+
+    @cached_property
+    def ids(self) -> NDArray[np.int64]:
+        """int64 [T]: of the answer alone."""
+        return np.array(self.encoding.ids[self.skipped :], dtype=np.int64)
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """int64 [T, 2]: first character of the answer that each token was made from, and the one behind the last."""
+        found = np.array(self.encoding.offsets[self.skipped :], dtype=np.int64).reshape(-1, 2)
+        return np.maximum(found - self.offset, 0)
 
 
 class PromptFormat:
@@ -85,6 +119,36 @@ class PromptFormat:
             start = self.end_ids[0] if self.tokenizer.bos_id is None else self.tokenizer.bos_id
             return np.array([start], dtype=np.int64)
         return np.array(self._with_bos(self._guard.encode(self._sealed(row))), dtype=np.int64)
+
+    def lead(self, row: Row) -> Lead:
+        """What stands in front of any answer to `row`. DataError as from `prompt_ids`."""
+        row = self.context.row(row)
+        sealed = "" if row.prompt == "" else self._sealed(row)
+        ids = tuple(self._guard.encode(sealed))
+        tail = self._guard.from_last_control(sealed)
+        tail_ids = tuple(self._guard.encode(tail))
+        return Lead(tail, tail_ids) if ids[len(ids) - len(tail_ids) :] == tail_ids else Lead(sealed, ids)
+
+    def behind(self, lead: Lead, sealed: str) -> Behind:
+        """How the model reads an answer behind its prompt, as it is: no template trims it, echoes it or closes it.
+
+        `sealed` is text in which control tokens have their secret names (`guard.secret`), all else is text. It is read
+        in one go with the prompt, and by itself where a token would reach across the border between the two.
+        """
+        whole = self._guard.encoding(lead.sealed + sealed)
+        count = len(lead.ids)
+        if tuple(whole.ids[:count]) == lead.ids:
+            return Behind(whole, count, len(lead.sealed))
+        return Behind(self._guard.encoding(sealed), 0, 0)
+
+    def answer_ids(self, row: Row, text: str) -> NDArray[np.int64]:
+        """int64 [T]: an answer of any text, which nothing closes, as the model goes on behind the row's prompt."""
+        return self.behind(self.lead(row), text).ids
+
+    @property
+    def guard(self) -> Guard:
+        """Keeps the control tokens of this format out of data."""
+        return self._guard
 
     def completion_ids(self, row: Row) -> NDArray[np.int64] | None:
         """int64 [T]: the row's own answer, closed by the primary end token exactly once; None without an answer.

@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 _PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
@@ -33,6 +34,7 @@ class Guard:
         nonce, other_nonce = ("".join(secrets.choice(_PRIVATE_USE) for _ in range(8)) for _ in range(2))
         self._sealed = {text: f"{nonce}{chr(_FIRST_NUMBER + n)}" for n, text in enumerate(texts)}
         self._hidden = {text: f"{other_nonce}{chr(_FIRST_NUMBER + n)}" for n, text in enumerate(texts)}
+        self._names = {number: self._sealed[text] for text, number in control.items()}
         self._revealed = {name: text for text, name in self._hidden.items()}
         self._control = _any_of(texts)
         self._seal_marks = _any_of(self._sealed.values())
@@ -53,9 +55,22 @@ class Guard:
         """The text in front of the first control token."""
         return self._seal_marks.split(sealed, maxsplit=1)[0]
 
+    def from_last_control(self, sealed: str) -> str:
+        """The last control token and the text behind it; all of a text without one."""
+        start = max((match.start() for match in self._seal_marks.finditer(sealed)), default=0)
+        return sealed[start:]
+
     def encode(self, sealed: str) -> list[int]:
         """Ids of sealed text. Text that was never sealed has no control tokens in it, whatever it says."""
-        return self._backend.encode(sealed, add_special_tokens=False).ids
+        return self.encoding(sealed).ids
+
+    def encoding(self, sealed: str) -> Encoding:
+        """The same with `offsets`: the characters of `sealed` that each token was made from."""
+        return self._backend.encode(sealed, add_special_tokens=False)
+
+    def secret(self, number: int) -> str:
+        """How a control token is called in sealed text."""
+        return self._names[number]
 
 
 def _any_of(texts: Any) -> re.Pattern[str]:

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from opd.text.tokenizer import Tokenizer
 
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece names a byte that is no word's part
+BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # how SentencePiece names a byte that is no word's part
 _LOST = "\ufffd"
 
 
@@ -28,7 +28,7 @@ def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     numbers = [int(number) for number in ids]
     whole = tokenizer.show(numbers)
     names = [tokenizer.tokens.get(number, "") for number in numbers]
-    parts = _of_bytes(names) if _is_byte_level(tokenizer) else _of_units(tokenizer, numbers, names)
+    parts = _of_bytes(names) if is_byte_level(tokenizer) else _of_units(tokenizer, numbers, names)
     return parts if "".join(parts) == whole else _cut(whole, [len(part) for part in parts])
 
 
@@ -37,13 +37,13 @@ def piece_alone(tokenizer: Tokenizer, number: int) -> str:
     name = tokenizer.tokens.get(number)
     if name is None:
         return f"<id {number}>"
-    if _is_byte_level(tokenizer):
-        raw = _bytes_of(name)
+    if is_byte_level(tokenizer):
+        raw = bytes_of_name(name)
         try:
             return raw.decode()
         except UnicodeDecodeError:
             return "".join(f"<0x{byte:02X}>" for byte in raw)
-    if _BYTE.fullmatch(name):
+    if BYTE_NAME.fullmatch(name):
         return name
     try:
         before = tokenizer.encode("a")
@@ -55,7 +55,7 @@ def piece_alone(tokenizer: Tokenizer, number: int) -> str:
 # ---- byte-level: a token is bytes ---------------------------------------------------------------------------------
 
 
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
+def is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether tokens are made of bytes in disguise, and decoding is nothing but joining them."""
     decoder = tokenizer.hf.backend_tokenizer.decoder
     state = None if decoder is None else json.loads(decoder.__getstate__())
@@ -67,10 +67,10 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 
 def _of_bytes(names: Sequence[str]) -> list[str]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return [decoder.decode(_bytes_of(name), final=n + 1 == len(names)) for n, name in enumerate(names)]
+    return [decoder.decode(bytes_of_name(name), final=n + 1 == len(names)) for n, name in enumerate(names)]
 
 
-def _bytes_of(name: str) -> bytes:
+def bytes_of_name(name: str) -> bytes:
     """A name with a character that stands for no byte is an added token's own text."""
     disguised = _disguises()
     try:
@@ -94,7 +94,9 @@ def _disguises() -> dict[str, int]:
 def _of_units(tokenizer: Tokenizer, numbers: Sequence[int], names: Sequence[str]) -> list[str]:
     """Each unit is decoded behind the one before it: decoders treat the first token of a text in a way of its own."""
     starts = [
-        n for n in range(len(names)) if n == 0 or not (_BYTE.fullmatch(names[n]) and _BYTE.fullmatch(names[n - 1]))
+        n
+        for n in range(len(names))
+        if n == 0 or not (BYTE_NAME.fullmatch(names[n]) and BYTE_NAME.fullmatch(names[n - 1]))
     ]
     found: list[str] = []
     previous = 0
