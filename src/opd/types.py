@@ -199,7 +199,8 @@ class ScorerRows:
     hidden_TD     [T, D] and `head`; present when the resolution is "full".
     entry_ids_TK  int64 [T, K], -1 where a row has fewer, and `entries_TK`, float32 [T, K], their log-probabilities:
                   present, beside `logprobs_T`, when the resolution is "entries" and no more is known. In the student's
-                  numbering; no token twice in a row.
+                  numbering; no token twice in a row. -1 with a log-probability: a likely one of a scorer with another
+                  tokenizer, that the student lacks.
     temperature   what the logits are divided by before the softmax.
 
     A scorer with another tokenizer has rows for fewer tokens, `Want.joined` says which, and three fields more:

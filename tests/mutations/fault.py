@@ -9,7 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TESTS = HERE.parent
 SOURCE = TESTS.parent / "src"
-LISTS = ("shapes", "supports", "kernel", "weights", "step", "rooms")
+LISTS = ("shapes", "supports", "kernel", "weights", "step", "crossing", "rooms")
 
 
 @dataclass(frozen=True)

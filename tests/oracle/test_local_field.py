@@ -8,6 +8,7 @@ the sampled ones alike; both models are real transformers models that run throug
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ class BareFormat:
     """Prompt ids handed through: the oracle needs no text."""
 
     fingerprint = "oracle-format"
+    tokenizer = SimpleNamespace(vocab_size=V)
 
     def __init__(self, ids):
         self.ids = ids

@@ -35,6 +35,12 @@ class Gold(Spec):
     the shape's divergence on shared vocabulary, and the sum of |sorted p - sorted q| on the rest (GOLD; ULD)."""
 
     kind: Literal["gold"] = "gold"
+    match: Literal["text", "token"] = Field(
+        default="text",
+        description="which entries of the two merged distributions are the same. text: those that spell the same text, "
+        "in a span of several tokens its own last tokens and no others; token: equal vocabulary wherever it stands, as "
+        "published: behind different beginnings it is different text",
+    )
     sort: Literal["rest", "all"] = Field(
         default="rest", description="what is compared by rank: vocabulary that is not shared; all of it (ULD alone)"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from opd.config.objective import DivergenceTerm, OutcomeTerm, Term
 from opd.config.objective import Objective as ObjectiveSpec
-from opd.config.reads import most, resolution, top_k_needed
+from opd.config.reads import most, resolution, scorers_of, top_k_needed
 from opd.config.shapes import ReverseKL
 from opd.config.slots import NoImportance, PPOClip, Sampled, at
 from opd.config.targets import STUDENT, Routed, Single
@@ -20,9 +20,10 @@ from opd.objectives.outcome import advantages, verdicts
 from opd.objectives.plan import PlannedTerm, StepPlan, has_credit
 from opd.objectives.reduction import token_shares
 from opd.objectives.selection import TokenLook, select
+from opd.objectives.spans import RolloutSpans, check_alignment, joined, spans_of, takes_spans, unmapped
 from opd.objectives.targets import coefficients, scorers
 from opd.objectives.tokens import reads, trained_mask
-from opd.types import Resolution, Rollout, Want
+from opd.types import Joined, Resolution, Rollout, Want
 
 Invalid = Mapping[str, Mapping[str, NDArray[np.bool_]]]  # scorer to rollout id to bool [T]
 
@@ -51,8 +52,8 @@ class Objective:
         """What must be seen, without a gradient, before the loss is made.
 
         none   nothing.
-        batch  the tokens of a micro-batch: credit from the future, weights of whole answers or prefixes, the ratio of
-               a proximal anchor.
+        batch  the tokens of a micro-batch: credit from the future, spans of tokens taken as one, weights of whole
+               answers or prefixes, the ratio of a proximal anchor.
         step   all tokens of the step, for a selection among them; `looks_at_batches` says whether micro-batches must
                be looked at as well.
         """
@@ -63,7 +64,7 @@ class Objective:
     @property
     def looks_at_batches(self) -> bool:
         """Whether a micro-batch's tokens must be seen before its loss is made."""
-        return any(needs_look(term) or has_credit(term) for term in self.terms)
+        return any(needs_look(term) or has_credit(term) or takes_spans(term) for term in self.terms)
 
     @property
     def reads_proximal(self) -> bool:
@@ -81,11 +82,12 @@ class Objective:
 
         Resolution "full" where a term sums over the vocabulary, subtracts an exact baseline, has a gate on the scorer's
         entropy or selects tokens by divergence; "entries" where it compares a few of one scorer; else "sampled".
-        Scorers that nothing reads in this step are left out.
+        Scorers that nothing reads in this step are left out. `joined` is the alignment of the terms that read one.
         """
         asked: dict[str, set[Resolution]] = {}
         tops: dict[str, set[tuple[int, int]]] = {}
         read: dict[str, set[str]] = {}
+        ways: dict[str, Joined] = {}
         for term in self.terms:
             for rollout in rollouts_N:
                 if not reads(term, rollout):
@@ -95,13 +97,17 @@ class Objective:
                     assert isinstance(term, DivergenceTerm)
                     asked.setdefault(name, set()).add(resolution(term))
                     tops.setdefault(name, set()).add(top_k_needed(term))
+                    ways.setdefault(name, joined(term))
                 for name in gate:
                     asked.setdefault(name, set()).add("full")
                 for name in needed | gate:
                     read.setdefault(name, set()).add(rollout.id)
         return {
             name: Want(
-                most(asked[name]), frozenset(ids), *(max(k) for k in zip(*tops.get(name, {(0, 0)}), strict=True))
+                most(asked[name]),
+                frozenset(ids),
+                *(max(k) for k in zip(*tops.get(name, {(0, 0)}), strict=True)),
+                joined=ways.get(name, "strict"),
             )
             for name, ids in sorted(read.items())
         }
@@ -112,6 +118,7 @@ class Objective:
         rollouts_N: Sequence[Rollout],
         invalid: Invalid,
         looks: Mapping[str, TokenLook] | None = None,
+        spans: RolloutSpans | None = None,
     ) -> StepPlan:
         """What every term trains in this step, from all of its answers.
 
@@ -119,11 +126,15 @@ class Objective:
         invalid   tokens that a scorer said nothing usable about: they leave both the loss and its denominator of every
                   term that reads the scorer there.
         looks     rollout id to what a pass without gradients saw; None: the selection of tokens is not made yet.
+        spans     scorer to rollout id to how its tokens fit: of scorers with another tokenizer, and of no others. What
+                  is not mapped leaves the loss and its denominator, too.
 
         NothingToTrain when no term has a token to train, DataError when all that a term could train lacks usable
-        evidence.
+        evidence. ConfigError when terms want the rows of one such scorer joined in two ways.
         """
-        planned = [self._plan(term, step, rollouts_N, invalid, looks) for term in self.terms]
+        spans = {} if spans is None else spans
+        self._one_way(spans.keys())
+        planned = [self._plan(term, step, rollouts_N, invalid, looks, spans) for term in self.terms]
         if not any(mask.any() for term in planned for mask in term.kept.values()):
             told = "; ".join(f"{p.term.name}: {_told(p)}" for p in planned) or "the objective has no terms"
             raise NothingToTrain(
@@ -141,14 +152,27 @@ class Objective:
         rollouts_N: Sequence[Rollout],
         invalid: Invalid,
         looks: Mapping[str, TokenLook] | None,
+        spans: RolloutSpans,
     ) -> PlannedTerm:
         read_N = [r for r in rollouts_N if reads(term, r)]
         kept: dict[str, NDArray[np.bool_]] = {}
+        cut: dict[str, NDArray[np.int64]] = {}
         lost: dict[str, int] = {}
         for rollout in read_N:
-            used = target_scorers(term, rollout) | gate_scorers(term)
+            of_target = target_scorers(term, rollout)
+            used = of_target | gate_scorers(term)
             bad = {name: invalid[name][rollout.id] for name in used if rollout.id in invalid.get(name, {})}
-            kept[rollout.id], gone = trained_mask(term, rollout, special_ids=self.special_ids, invalid=bad)
+            span_T = spans_of(term, rollout, of_target, spans)
+            if span_T is not None:
+                cut[rollout.id] = span_T
+            kept[rollout.id], gone = trained_mask(
+                term,
+                rollout,
+                special_ids=self.special_ids,
+                invalid=bad,
+                unmapped_T=unmapped(term, rollout, of_target, spans),
+                span_T=span_T,
+            )
             for rule, count in gone.items():
                 lost[rule] = lost.get(rule, 0) + count
         _some_evidence(term, kept, lost, invalid)
@@ -167,7 +191,21 @@ class Objective:
             right=verdicts(term, read_N),
             lost=lost,
             read=sum(len(r.mask) for r in read_N),
+            span=cut if takes_spans(term) else None,
         )
+
+    def _one_way(self, foreign: Collection[str]) -> None:
+        ways: dict[str, dict[Joined, str]] = {}
+        for term in self.terms:
+            for name in scorers_of(term.target) if isinstance(term, DivergenceTerm) else ():
+                ways.setdefault(name, {}).setdefault(joined(term), term.name)
+        for name in foreign:
+            if len(found := ways.get(name, {})) > 1:
+                said = " and ".join(f"{kind} (term {term})" for kind, term in found.items())
+                raise ConfigError(
+                    f"the scorer {name} has another tokenizer, and terms have alignment {said}: its rows are joined in "
+                    "one way. Give these terms one alignment, or name the scorer twice."
+                )
 
 
 def target_scorers(term: Term, rollout: Rollout) -> frozenset[str]:
@@ -224,6 +262,7 @@ def _check(term: Term) -> None:
                 "weight or select its tokens by. Leave tokens.importance_of_prefix out, and select by entropy."
             )
         return
+    check_alignment(term)
     sampled, credit = isinstance(term.support, Sampled), term.credit
     mixed = not isinstance(term.target, Single | Routed)
     if sampled and mixed and not isinstance(term.shape, ReverseKL) and (credit.baseline != "exact" or credit.discount):

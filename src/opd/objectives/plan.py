@@ -10,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opd.config.alignments import ALM, Gold, Span
 from opd.config.objective import DivergenceTerm, OutcomeTerm, Term
 from opd.config.slots import Credit, Full, NoImportance, PPOClip, Tokens
 from opd.objectives.credit import future_credit
 from opd.objectives.importance import known_ratio, prefix_weight, weighting
-from opd.objectives.kernels.rows import KnownRows, TermRows, TokenValues
+from opd.objectives.kernels.rows import KnownRows, SpanRows, TermRows, TokenValues
+from opd.objectives.spans import Told, before_last, span_rows, told
 from opd.objectives.transfer import onto
 from opd.types import Batch
 
@@ -32,6 +34,7 @@ class PlannedTerm:
     right       verdicts, for verifier-gated shapes; None for others.
     lost        rule to the number of tokens that it took away.
     read        tokens of all answers that the term reads.
+    span        int64 [T]: the span of each token, of terms that take spans as one; None for others.
     """
 
     term: Term
@@ -42,6 +45,7 @@ class PlannedTerm:
     right: Mapping[str, bool] | None
     lost: Mapping[str, int]
     read: int
+    span: Mapping[str, NDArray[np.int64]] | None = None
 
     def trained(self, batch: Batch) -> Tensor:
         """bool [T]: the tokens of a micro-batch that the term trains."""
@@ -50,6 +54,13 @@ class PlannedTerm:
     def trains(self, batch: Batch) -> NDArray[np.bool_]:
         """The same on the host."""
         return np.concatenate([self.kept.get(r.id, np.zeros(len(r.mask), np.bool_)) for r in batch.rollouts])
+
+    def spans(self, batch: Batch) -> SpanRows | None:
+        """The spans of a micro-batch that the term trains; None where tokens do not depend on each other."""
+        if self.span is None:
+            return None
+        pieces = [self.span.get(r.id, np.full(len(r.mask), -1, np.int64)) for r in batch.rollouts]
+        return span_rows(self.trains(batch), pieces)
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,14 @@ class StepPlan:
         weights_T = np.where(p.trains(batch), _over_tokens(batch, lambda key: p.weight.get(key, 0.0)), 0.0)
         whole_T = onto(weights_T, device)
         weight_T, extra_T, known = whole_T, None, True
+        spans, value_T = p.spans(batch), None
         if isinstance(term, OutcomeTerm):
             extra_T = _spread(batch, lambda key: p.advantage.get(key, 0.0), dtype)
         if look is not None:
             if isinstance(term, DivergenceTerm) and has_credit(term):
                 extra_T = _future(term, batch, look, trained_T)
+            if isinstance(term, DivergenceTerm) and spans is not None:
+                extra_T, value_T = _spans(p, term, spans, batch, look, proximal_T)
             if (ratio_T := _ratio(p, batch, look, proximal_T)) is not None:
                 weight_T, known = weight_T * ratio_T, False
             if isinstance(term, DivergenceTerm) and (gamma := term.tokens.importance_of_prefix) > 0:
@@ -147,15 +161,40 @@ class StepPlan:
             extra_T=extra_T,
             right_T=None if right is None else _spread(batch, lambda key: float(right.get(key, False)), dtype) > 0,
             known=KnownRows(weights_T.astype(_NUMPY[dtype]) != 0 if known else None, mix),
+            spans=spans,
+            value_T=value_T,
         )
 
 
 def _for_kernel(term: Term) -> Term:
-    """The term without what the weights of its rows hold already: the ratio of whole answers."""
+    """The term without what its rows hold already: the ratio of whole answers, and what a token's span pulls it by."""
     rule = weighting(term)
-    if isinstance(rule, NoImportance) or rule.level == "token":
-        return term
-    return term.model_copy(update={"importance": NoImportance()})
+    if not isinstance(rule, NoImportance) and rule.level == "sequence":
+        term = term.model_copy(update={"importance": NoImportance()})
+    if isinstance(term, DivergenceTerm) and isinstance(term.alignment, Span | ALM):
+        term = term.model_copy(update={"credit": term.credit.model_copy(update={"now": False})})
+    return term
+
+
+def _spans(
+    p: PlannedTerm, term: DivergenceTerm, spans: SpanRows, batch: Batch, look: TokenValues, proximal_T: Tensor | None
+) -> Told:
+    """What the tokens of spans are pulled by, from what a look saw."""
+    seen, nothing_T = look.terms[term.name], torch.zeros_like(look.logprob_T)
+    if isinstance(term.alignment, Gold):
+        return Told(nothing_T if seen.pull_T is None else before_last(spans, seen.pull_T), None)
+    if seen.target_T is None:
+        return Told(nothing_T, nothing_T)
+    bases = {"student": look.logprob_T, "sampler": batch.behaviour_T.to(look.logprob_T.dtype), "proximal": proximal_T}
+    base_T = bases[term.advantage_under]
+    right = p.right
+    return told(
+        term,
+        spans,
+        base_T=look.logprob_T if base_T is None else base_T.to(look.logprob_T.dtype),
+        target_T=seen.target_T,
+        right_T=None if right is None else _spread(batch, lambda key: float(right.get(key, False)), torch.float64) > 0,
+    )
 
 
 def has_credit(term: Term) -> bool:
@@ -185,7 +224,9 @@ def _ratio(p: PlannedTerm, batch: Batch, look: TokenValues, proximal_T: Tensor |
             strength_T = torch.zeros_like(look.logprob_T)
             if has_credit(term):
                 strength_T = _future(term, batch, look, trained_T)
-            if term.credit.now:
+            if (spans := p.spans(batch)) is not None:
+                strength_T = _spans(p, term, spans, batch, look, proximal_T).extra_T
+            elif term.credit.now:
                 strength_T = strength_T + _looked(look.terms[term.name].h_T, look)
     return known_ratio(
         rule,

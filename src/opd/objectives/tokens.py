@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from opd.config.objective import DataTerm, DivergenceTerm, OutcomeTerm, Term
 from opd.config.shapes import VerifierGatedKL
 from opd.config.slots import NoImportance, Sampled, TopK
+from opd.objectives.spans import whole_spans
 from opd.types import Rollout
 
 BoolArray = NDArray[np.bool_]
@@ -27,7 +28,13 @@ def reads(term: Term, rollout: Rollout) -> bool:
 
 
 def trained_mask(
-    term: Term, rollout: Rollout, *, special_ids: frozenset[int], invalid: Mapping[str, BoolArray]
+    term: Term,
+    rollout: Rollout,
+    *,
+    special_ids: frozenset[int],
+    invalid: Mapping[str, BoolArray],
+    unmapped_T: BoolArray | None = None,
+    span_T: NDArray[np.int64] | None = None,
 ) -> tuple[BoolArray, dict[str, int]]:
     """bool [T], the tokens of an answer that the term trains; and rule to the number of tokens that it took away.
 
@@ -39,7 +46,10 @@ def trained_mask(
         position     before skip_first, or after `first` more; counted in tokens that the writer chose
         reward       the term needs a reward, and nobody could give one
         behaviour    the term needs the log-probability at drawing, and there is none
+        unmapped     a scorer with another tokenizer reads nothing there that could be compared  (`unmapped_T`)
         NAME         the scorer NAME gave nothing usable at the token      (`invalid`: scorer to bool [T])
+        span         one of the rules above took another token of its span: spans are trained whole (`span_T`: the span
+                     of each token, -1 where there is none; None: no token depends on another)
     """
     rules = term.tokens
     T = len(rollout.mask)
@@ -56,12 +66,19 @@ def trained_mask(
         taken.append(("reward", np.ones(T, np.bool_)))
     if needs_behaviour(term):
         taken.append(("behaviour", ~np.isfinite(rollout.behaviour_logprobs)))
+    if unmapped_T is not None:
+        taken.append(("unmapped", unmapped_T))
     taken += sorted(invalid.items())
     kept_T, lost = np.ones(T, np.bool_), {}
     for rule, gone_T in taken:
         if count := int((kept_T & gone_T).sum()):
             lost[rule] = lost.get(rule, 0) + count
         kept_T &= ~gone_T
+    if span_T is not None:
+        whole_T = whole_spans(kept_T, span_T)
+        if count := int((kept_T & ~whole_T).sum()):
+            lost["span"] = lost.get("span", 0) + count
+        kept_T = whole_T
     return kept_T, lost
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -90,6 +92,34 @@ def prefix_weighted(world: World) -> Tensor:
     return fields.policy(world, credit, ratio=False)
 
 
+def without_ties(noise: float) -> World:
+    """Ranks of equal probabilities are anybody's, and so is the gradient."""
+    return only("teacher")(noise + 0.1)
+
+
+def ranked(logp_SV: Tensor, logq_SV: Tensor) -> Tensor:
+    p_SV, q_SV = (log.exp().sort(-1, descending=True).values for log in (logp_SV, logq_SV))
+    return (p_SV - q_SV).abs().sum(-1)
+
+
+def written_likelihoods(tau: float) -> Callable[[World], Tensor]:
+    """Two classes for every token that may be written: its root, and what is left of 1."""
+
+    def field(world: World) -> Tensor:
+        made = torch.zeros_like(world.student)
+        for prompt in world.asked:
+            table = world.student[prompt].clone().requires_grad_()
+            p_SV = (world.tree.logprobs(table) / tau).exp()
+            q_SV = (world.tree.logprobs(fields.teacher(world, prompt)) / tau).exp()
+            value_SV = torch.xlogy(q_SV, q_SV / p_SV) + torch.xlogy(1 - q_SV, (1 - q_SV) / (1 - p_SV))
+            written_S = (world.tree.logprobs(world.writer[prompt]).exp() * value_SV).sum(-1)
+            loss = (world.tree.visits(world.writer[prompt]) * written_S).sum()
+            made[prompt] = torch.autograd.grad(loss, table)[0]
+        return made / fields.tokens(world)
+
+    return field
+
+
 EXPERIMENTAL: dict[str, Case] = {
     "gkd, on policy": Case(
         "gkd",
@@ -160,6 +190,18 @@ EXPERIMENTAL: dict[str, Case] = {
         {"top_k": 2},
         behaviour="speculative",
         units=16,
+    ),
+    # Of a teacher with the student's tokenizer: every token is a span, and all vocabulary is shared.
+    "shared_top_k": Case(
+        "shared_top_k",
+        only("teacher"),
+        local(on_top(d.reverse_kl, 2, "student")),
+        answers(sources.two_classes_more(sources.reverse_kl, 2, "student")),
+        {"k": 2},
+    ),
+    "uld": Case("uld", without_ties, local(ranked), answers(sources.by_rank)),
+    "alm": Case(
+        "alm", only("teacher"), written_likelihoods(2.0), answers(sources.likelihood_matching(2.0)), {"tau": 2.0}
     ),
     "no_teacher": Case(
         "no_teacher",

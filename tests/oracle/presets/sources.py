@@ -110,6 +110,11 @@ def later(loss: Loss, skipped: int) -> Loss:
     return lambda a: torch.where(torch.arange(len(a.token_T)) < skipped, math.nan, loss(a))
 
 
+def by_rank(a: Answer) -> Tensor:
+    """sum |sort(p) - sort(q)| [3.6]"""
+    return (a.p_TV.sort(-1).values - a.q_TV.sort(-1).values).abs().sum(-1)
+
+
 # ---- on drawn tokens -------------------------------------------------------------------------------------------
 
 
@@ -247,6 +252,16 @@ def binary(a: Answer) -> Tensor:
 def reverse_kl_drawn(a: Answer) -> Tensor:
     """-log(q / pi) log pi"""
     return -held(a.logq_T - a.logp_T) * a.logp_T
+
+
+def likelihood_matching(tau: float) -> Loss:
+    """KL of (q^(1/tau), the rest) from (p^(1/tau), the rest), of the tokens as they stand [3.6]"""
+
+    def loss(a: Answer) -> Tensor:
+        p_T, q_T = (a.logp_T / tau).exp(), (a.logq_T / tau).exp()
+        return q_T * (q_T / p_T).log() + (1 - q_T) * ((1 - q_T) / (1 - p_T)).log()
+
+    return loss
 
 
 def prefix_weighted(gamma: float) -> Loss:

@@ -84,6 +84,7 @@ class BareFormat:
     """Prompt ids without text. `instead` says which prompt a scorer reads in the place of the student's."""
 
     fingerprint = "bare-format"
+    tokenizer = SimpleNamespace(vocab_size=0)  # the models have all that there is of it
 
     def __init__(self, instead: Mapping[int, int] | None = None) -> None:
         self.instead = instead or {}

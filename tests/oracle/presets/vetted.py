@@ -174,6 +174,16 @@ VETTED: dict[str, Case] = {
         answers(sources.two_classes_more(sources.jsd(0.5), 2, "student")),
         {"k": 2},
     ),
+    # Of a teacher with the student's tokenizer: every token is a span, and all vocabulary is shared.
+    "span": Case("span", only("teacher"), local(d.reverse_kl), answers(sources.reverse_kl_drawn), exact=FRESH_ONLY),
+    "gold": Case("gold", only("teacher"), local(d.jensen_shannon(0.5)), answers(sources.jsd(0.5))),
+    "gold, half the weight": Case(
+        "gold",
+        only("teacher"),
+        times(0.5, local(d.reverse_kl)),
+        times(0.5, answers(sources.reverse_kl)),
+        {"divergence": "reverse_kl", "matched_weight": 0.5},
+    ),
     "grpo": Case("grpo", graded_alone, rewarded_in_pairs, pairs_of(sources.grpo(0.2)), exact=NOT_OLD, **IN_GROUPS),
     "grpo, one group of all": Case(
         "grpo",

@@ -95,9 +95,13 @@ class Block:
         """[B]: these tokens' part of a tensor over the batch."""
         return values_T[self.start : self.start + self.size]
 
-    def _known(self, values_T: NDArray[Any]) -> NDArray[Any]:
+    def known(self, values_T: NDArray[Any]) -> NDArray[Any]:
         """[B]: the same of what the host knows."""
         return values_T[self.start : self.start + self.size]
+
+    def subset(self, mask_B: NDArray[np.bool_]) -> Subset:
+        """The rows where a mask on the host is true."""
+        return Subset.known(mask_B, self._device)
 
     def weight(self, term: TermRows) -> Tensor:
         """[B]: the term's weights in the dtype of the pass, gated by entropy where the term says so."""
@@ -121,17 +125,17 @@ class Block:
     def kept(self, term: TermRows, weight_B: Tensor) -> Subset:
         """The rows that the term trains, by its weights [B] here. Only where a gate decides is the device asked."""
         if term.term.tokens.where is None:
-            return Subset.known(self._known(term.trained_T), self._device)
+            return self.subset(self.known(term.trained_T))
         return Subset.where(weight_B != 0)
 
     def target(self, term: TermRows) -> Target:
         """The term's log q~ at all tokens that it, or another term with the same coefficients, trains."""
         (group,) = [n for n, terms in enumerate(self._mixes) if any(term is other for other in terms)]
         if group not in self._targets:
-            trained_B = np.logical_or.reduce([self._known(other.trained_T) for other in self._mixes[group]])
-            rows = Subset.known(trained_B, self._device)
+            trained_B = np.logical_or.reduce([self.known(other.trained_T) for other in self._mixes[group]])
+            rows = self.subset(trained_B)
             coefficients = {name: rows.of(self.of(c_T)) for name, c_T in term.mix.items()}
-            used = {name: self._known(c_T)[trained_B] != 0 for name, c_T in term.known_mix.items()}
+            used = {name: self.known(c_T)[trained_B] != 0 for name, c_T in term.known_mix.items()}
             read = {name: Subset.known(used_M, self._device) for name, used_M in used.items()}
             token_M = rows.of(self.token_B)
             self._targets[group] = self._target(

@@ -12,7 +12,7 @@ from torch import Tensor
 from opd.config.objective import DivergenceTerm, OutcomeTerm
 from opd.config.slots import Sampled, TopK
 from opd.config.targets import STUDENT
-from opd.objectives.kernels.rows import TermRows, TokenRows
+from opd.objectives.kernels.rows import TermRows, TokenRows, merges
 from opd.types import ScorerRows
 
 
@@ -33,6 +33,8 @@ def check_rows(
     by_name = {s.name: s for s in scorers}
     for scorer in scorers:
         _scorer(scorer, tokens, widths)
+        if scorer.shared_V is not None:
+            _size(f"scorer {scorer.name}: shared_V", scorer.shared_V, widths[STUDENT])
     for term in terms:
         _term(term, tokens, by_name)
 
@@ -51,10 +53,13 @@ def _scorer(scorer: ScorerRows, tokens: int, widths: Mapping[str, int]) -> None:
             raise ValueError(f"scorer {scorer.name}: index_T must ascend within 0 to {tokens - 1}")
     if scorer.hidden_TD is not None and scorer.head is not None:
         _size(f"scorer {scorer.name}: hidden_TD", scorer.hidden_TD, there)
-        if widths[scorer.name] != widths[STUDENT]:
+        if scorer.shared_V is not None:
+            _foreign_head(scorer, there, widths)
+        elif widths[scorer.name] != widths[STUDENT]:
             raise ValueError(
                 f"scorer {scorer.name} has {widths[scorer.name]} tokens and the student {widths[STUDENT]}: set "
-                "vocab_size of both heads to the tokens that the tokenizers share"
+                "vocab_size of both heads to the tokens that the tokenizers share; rows of a scorer with another "
+                "tokenizer have shared_V, own_token_T and an order in their head"
             )
     elif scorer.logprobs_T is None:
         raise ValueError(f"scorer {scorer.name} has neither hidden states with a head nor log-probabilities")
@@ -65,6 +70,21 @@ def _scorer(scorer: ScorerRows, tokens: int, widths: Mapping[str, int]) -> None:
         for what in ("entry_ids_TK", "entries_TK"):
             if (values := getattr(scorer, what)) is not None:
                 _size(f"scorer {scorer.name}: {what}", values, there)
+
+
+def _foreign_head(scorer: ScorerRows, there: int, widths: Mapping[str, int]) -> None:
+    """Whole distributions over another vocabulary come with all that says how they are told in the student's."""
+    assert scorer.head is not None and scorer.shared_V is not None
+    order_V = scorer.head.order_V
+    if order_V is None or scorer.own_token_T is None:
+        raise ValueError(
+            f"scorer {scorer.name} has another tokenizer (shared_V): it needs own_token_T, its own token at each row, "
+            "and head.order_V, its token for each of the student's"
+        )
+    _size(f"scorer {scorer.name}: own_token_T", scorer.own_token_T, there)
+    _size(f"scorer {scorer.name}: head.order_V", order_V, widths[STUDENT])
+    if scorer.before_T is not None:
+        _size(f"scorer {scorer.name}: before_T", scorer.before_T, there)
 
 
 def _term(rows: TermRows, tokens: int, scorers: Mapping[str, ScorerRows]) -> None:
@@ -79,11 +99,21 @@ def _term(rows: TermRows, tokens: int, scorers: Mapping[str, ScorerRows]) -> Non
             raise ValueError(
                 f"term {term.name}: tokens.where needs the entropy of {gate.of}, which scores drawn tokens alone"
             )
+        if scorers[gate.of].shared_V is not None:
+            raise ValueError(
+                f"term {term.name}: tokens.where reads the entropy of {gate.of}, which has another tokenizer: it says "
+                "something about fewer tokens than the term trains. Gate by the student's entropy"
+            )
     if isinstance(term, OutcomeTerm) and rows.extra_T is None:
         raise ValueError(f"outcome term {term.name}: extra_T, its advantage, is missing")
     if not isinstance(term, DivergenceTerm):
         return
     whole = not isinstance(term.support, Sampled) or term.credit.baseline == "exact"
+    if merges(term):
+        if rows.spans is None:
+            raise ValueError(f"term {term.name} merges the distributions of spans, and its rows have none (spans)")
+        _size(f"term {term.name}: spans", rows.spans.last_T, tokens)
+        trained_T = trained_T & rows.spans.last_T
     read_T = np.zeros_like(trained_T)
     for name, c_T in rows.known_mix.items():
         _size(f"term {term.name}: mix[{name}]", c_T, tokens)
@@ -92,6 +122,8 @@ def _term(rows: TermRows, tokens: int, scorers: Mapping[str, ScorerRows]) -> Non
         if name == STUDENT or not used_T.any():
             continue
         _covered(f"term {term.name}", name, used_T, scorers)
+        if scorers[name].shared_V is not None:
+            _foreign(rows, name, scorers[name])
         if whole and scorers[name].hidden_TD is None:
             _few(rows, name, scorers[name])
     if (trained_T & ~read_T).any():
@@ -99,6 +131,24 @@ def _term(rows: TermRows, tokens: int, scorers: Mapping[str, ScorerRows]) -> Non
         raise ValueError(
             f"term {term.name}: no scorer in its mix at {missing} of {int(trained_T.sum())} trained tokens"
         )
+
+
+def _foreign(rows: TermRows, name: str, scorer: ScorerRows) -> None:
+    """What a scorer with another tokenizer cannot be in."""
+    term = rows.term
+    assert isinstance(term, DivergenceTerm)
+    if term.credit.baseline == "exact":
+        raise ValueError(
+            f"term {term.name} has an exact baseline, and {name} another tokenizer: which tokens it can judge depends "
+            "on what was drawn, so the baseline would not be free of bias. Take baseline none"
+        )
+    if not isinstance(term.support, Sampled) and not rows.unit:
+        raise ValueError(
+            f"term {term.name} compares vocabularies with a mixture of scorers, of which {name} has another tokenizer: "
+            "the mixture is known on shared tokens alone. Take one scorer, or support sampled"
+        )
+    if merges(term) and scorer.hidden_TD is None:
+        raise ValueError(f'term {term.name} merges distributions: ask {name} for resolution "full"')
 
 
 def _few(rows: TermRows, name: str, scorer: ScorerRows) -> None:

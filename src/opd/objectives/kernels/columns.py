@@ -35,6 +35,10 @@ class Columns:
             entropy_T=self._get("student", "", "entropy_T"),
         )
 
+    def drawn(self, start: int, stop: int) -> Tensor:
+        """[stop - start]: the student's log-probabilities of drawn tokens, as far as blocks have been noted."""
+        return self._columns["student", "", "logprob_T"][start:stop]
+
     def _get(self, kind: str, owner: str, name: str) -> Tensor:
         column_T = self._columns.get((kind, owner, name))
         return self._empty() if column_T is None else column_T

@@ -9,8 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from opd.objectives.kernels.foreign import ForeignReading
 from opd.objectives.kernels.reading import Reading, log_softmax
 from opd.objectives.kernels.subset import Subset
+from opd.objectives.kernels.supports import Partial
 from opd.objectives.transfer import suspects
 
 
@@ -39,9 +41,24 @@ class Target:
         """The scorer whose own distribution this is at all rows."""
         return self._parts[0][0] if self._unit and len(self._parts) == 1 else None
 
+    @property
+    def foreign(self) -> bool:
+        """Whether any of its scorers has another tokenizer than the student."""
+        return any(reading.foreign for reading, _, _ in self._parts)
+
+    def partial(self, kept: Subset, k: int | None = None) -> Partial:
+        """What of the student's vocabulary a foreign target says at rows `kept`, with its own k most likely tokens."""
+        top_KS = None if k is None else kept.among(self.rows, self._mixed(lambda reading: reading.top(k)))
+        if isinstance(self.single, ForeignReading):
+            shared_KV = self.single.vocabulary.shared_V[None]
+        else:
+            shared_KV = kept.among(self.rows, self._mixed(lambda reading: reading.shared_RV))
+        return Partial(shared_KV, kept.among(self.rows, self._mixed(lambda reading: reading.outside_R)), top_KS)
+
     @cached_property
     def logq_MV(self) -> Tensor:
-        """[M, V], normalised. A single scorer costs no copy."""
+        """[M, V], normalised; of a foreign scorer over its own vocabulary, and -inf where it lacks a token. A single
+        scorer costs no copy."""
         mixed_MV = self._mixed(lambda reading: reading.logp_RV)
         return mixed_MV if self._unit else log_softmax(mixed_MV)
 

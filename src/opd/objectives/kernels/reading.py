@@ -44,6 +44,26 @@ class Reading:
         return self._logits_RV is not None
 
     @property
+    def foreign(self) -> bool:
+        """Whether the model has another tokenizer (`foreign.py`)."""
+        return False
+
+    @cached_property
+    def shared_RV(self) -> Tensor:
+        """bool [R, V]: the student's tokens whose log-probabilities are there, each the model's own for that token."""
+        return torch.ones((), dtype=torch.bool, device=self._token_R.device).expand(self.logp_RV.shape)
+
+    @cached_property
+    def outside_R(self) -> Tensor:
+        """[R]: the probability of tokens that the student has not."""
+        return self.logp_RV.new_zeros(len(self.rows))
+
+    def top(self, k: int) -> Tensor:
+        """int64 [R, k]: the model's most likely tokens in the student's numbering, -1 where the student has none."""
+        ids_RS = self.logp_RV.topk(min(k, self.logp_RV.shape[1]), dim=1, sorted=False).indices
+        return torch.nn.functional.pad(ids_RS, (0, k - ids_RS.shape[1]), value=-1)
+
+    @property
     def logits_RV(self) -> Tensor:
         return self._spread_RV if self._logits_RV is None else self._logits_RV
 

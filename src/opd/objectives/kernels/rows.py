@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd.config.objective import DataTerm, DivergenceTerm, OutcomeTerm
+from opd.config.alignments import Gold
+from opd.config.objective import DataTerm, DivergenceTerm, OutcomeTerm, Term
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,23 @@ class KnownRows:
     mix: Mapping[str, NDArray[np.floating]]
 
 
+def merges(term: Term) -> bool:
+    """Whether a term compares merged distributions of spans, at their last tokens alone."""
+    return isinstance(term, DivergenceTerm) and isinstance(term.alignment, Gold)
+
+
+@dataclass(frozen=True)
+class SpanRows:
+    """Which tokens a term takes as one, on the host: [T], spans numbered upwards from 0 in the order of tokens.
+
+    span_T  int64; -1 where the term trains nothing. A span is trained whole, and lies in one answer.
+    last_T  bool; the last token of a span.
+    """
+
+    span_T: NDArray[np.int64]
+    last_T: NDArray[np.bool_]
+
+
 @dataclass(frozen=True)
 class TermRows:
     """One term of the objective on these tokens.
@@ -52,8 +70,13 @@ class TermRows:
     unit      at every token one c_k is 1 and the others are 0: log q~ needs no normalising.
     extra_T   float32 [T]: added to h(r) of the drawn token (credit from the future), or the advantage itself (outcome
               terms). With `credit.now` false the immediate h(r) is left out, and this is all.
+              With merged distributions (alignment gold): the pull on a span's tokens before its last.
     right_T   bool [T]: verdict on the answer, for shapes that depend on it.
     known     the same weights and mix on the host. None: the pass reads them from their device, and waits for it.
+
+    spans     what a term takes as one. With alignment gold its scorers are read at the last tokens of spans alone.
+    value_T   float [T]: what `TermValues.value_T` is to say, and the loss to count, where the surrogate's own value
+              says nothing to a reader (spans). None: that.
 
     An importance ratio at sequence level belongs into `weight_T`: only the token level is made in the pass.
     """
@@ -65,6 +88,8 @@ class TermRows:
     extra_T: Tensor | None = None
     right_T: Tensor | None = None
     known: KnownRows | None = None
+    spans: SpanRows | None = None
+    value_T: Tensor | None = None
 
     def settled(self) -> TermRows:
         """These rows with everything known to the host; what was not known is read from the device."""
@@ -102,6 +127,10 @@ class TermValues:
     ratio_T         importance weight that was used; 1 where there is none.
     student_mass_T  of the support, top-k only; likewise target_mass_T.
     unresolved_T    bool; both tails lie below the floor, so that the tail got no field. False where left out.
+    pull_T          with merged distributions, at the last token of a span: the pull on those before it.
+
+    With merged distributions the value is that of the span and stands at its last token, 0 at others; `target_T` is an
+    equal share of the span's log-probability at each of its tokens.
     """
 
     value_T: Tensor
@@ -112,14 +141,17 @@ class TermValues:
     student_mass_T: Tensor | None = None
     target_mass_T: Tensor | None = None
     unresolved_T: Tensor | None = None
+    pull_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class ScorerValues:
     """What one scorer said at each token: [T], detached; NaN at tokens that it has no rows for.
 
-    logprob_T       of the drawn token.
-    reverse_kl_T    KL(student || scorer) in nats; None where only drawn tokens are scored.
+    logprob_T       of the drawn token. With merged distributions of a scorer with another tokenizer as `target_T`.
+    reverse_kl_T    KL(student || scorer) in nats; None where only drawn tokens are scored, or merged distributions are
+                    compared. Of a scorer with another tokenizer: with all that is not shared as one class, as is
+                    forward_kl_T.
 
     With diagnostics, and where the whole vocabulary is there:
 

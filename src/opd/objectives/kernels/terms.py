@@ -2,6 +2,7 @@
 
     full support       d loss / d z_v = -w p_v (h(r_v) - E_p[h])
     a few entries      as `supports.py` says
+    merged spans       as `merged.py` says
     drawn token y      d loss / d z_v = -w s (1[v = y] - p_v)
 
 with the strength s held fixed: rho (h(r_y) - b + extra) for a divergence, rho extra for an outcome, 1 for data.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opd.config.alignments import Gold
 from opd.config.objective import DataTerm, DivergenceTerm, OutcomeTerm
 from opd.config.shapes import ReverseKL
 from opd.config.slots import Full, NoImportance, PPOClip, Sampled
@@ -19,9 +21,10 @@ from opd.objectives.importance import bounded
 from opd.objectives.kernels.block import Block
 from opd.objectives.kernels.columns import Columns
 from opd.objectives.kernels.gradient import BlockGradient
+from opd.objectives.kernels.merged import SpansInBlock, merged_field
 from opd.objectives.kernels.mixing import Target
 from opd.objectives.kernels.rows import TermRows
-from opd.objectives.kernels.supports import top_k_field
+from opd.objectives.kernels.supports import shared_field, top_k_field
 from opd.objectives.shapes import Pair, ShapeMaths, maths
 
 
@@ -40,7 +43,7 @@ class TermOnBlock:
         weight_B = block.weight(rows)
         self.rows, self.block, self.gradient, self.columns = rows, block, gradient, columns
         self.kept = block.kept(rows, weight_B)
-        self.weight_K = self.kept.of(weight_B)
+        self._weight_B, self.weight_K = weight_B, self.kept.of(weight_B)
         self.drawn_K = self.kept.of(block.drawn_B)
 
     def run(self) -> Tensor:
@@ -54,7 +57,9 @@ class TermOnBlock:
             assert self.rows.extra_T is not None, f"the outcome term {term.name} needs its advantage (extra_T)"
             value_K = self._pull(term, self._of(self.rows.extra_T))
         else:
-            value_K = self._divergence(term)
+            value_K = self._merged(term, term.alignment) if isinstance(term.alignment, Gold) else self._divergence(term)
+        if self.rows.value_T is not None:
+            value_K = self._of(self.rows.value_T)
         self._put(value_T=value_K)
         return (self.weight_K * value_K).sum()
 
@@ -79,7 +84,36 @@ class TermOnBlock:
             strength_K = strength_K + self._of(self.rows.extra_T)
         return self._pull(term, strength_K)
 
+    def _merged(self, term: DivergenceTerm, alignment: Gold) -> Tensor:
+        """Spans are compared at their last tokens; those before are pulled by what the look has seen there."""
+        block, spans = self.block, SpansInBlock(self.rows, self.block)
+        before_K, value_B, right_T = spans.before(self.columns), torch.zeros_like(block.drawn_B), self.rows.right_T
+        for name, c_T in self.rows.known_mix.items():
+            mine_B = spans.last_B & (block.known(c_T) != 0)
+            rows, reading = block.subset(mine_B), block.readings[name]
+            if len(rows) == 0:
+                continue
+            shape = maths(term.shape, None if right_T is None else rows.of(block.of(right_T))[:, None])
+            mine_before_K = rows.among(spans.last, before_K)
+            field = merged_field(alignment, shape, rows.of(block.logp_BV), mine_before_K, reading, rows)
+            if self.gradient is not None:
+                self.gradient.field(rows, field.h_mass_KV, field.pull_K, rows.of(self._weight_B))
+            rows.write_to(value_B, 0, field.value_K)
+            self.columns.put("term", term.name, block.start, rows, pull_T=field.pull_K)
+            tokens, share_M = spans.each(rows.among(reading.rows, reading.drawn_R), mine_B)
+            self.columns.put("term", term.name, spans.start, tokens, target_T=share_M)
+            if reading.foreign:  # the others are noted where all readings are
+                self.columns.put("scorer", name, spans.start, tokens, logprob_T=share_M)
+        if self.gradient is not None and self.rows.extra_T is not None:
+            before = block.subset(block.known(self.rows.trained_T) & ~spans.last_B)
+            extra_K = before.of(block.of(self.rows.extra_T)).to(value_B.dtype)
+            self.gradient.drawn(before, before.of(self._weight_B) * extra_K)
+        self._put(ratio_T=torch.ones_like(self.drawn_K))
+        return self.kept.of(value_B)
+
     def _full(self, term: DivergenceTerm, shape: ShapeMaths, target: Target) -> Tensor:
+        if target.foreign:
+            return self._shared(term, shape, target)
         h_mass_KV, mean_K, value_K = shape.field(self._pair(target))
         if self.gradient is not None:
             self.gradient.field(self.kept, h_mass_KV, mean_K, self.weight_K)
@@ -87,6 +121,17 @@ class TermOnBlock:
             target.single.reverse_kl = (self.kept, value_K)
         self._put(ratio_T=torch.ones_like(value_K))
         return value_K
+
+    def _shared(self, term: DivergenceTerm, shape: ShapeMaths, target: Target) -> Tensor:
+        """The same for a target that lacks some of the student's tokens."""
+        field = shared_field(shape, self._pair(target), target.partial(self.kept))
+        if self.gradient is not None:
+            self.gradient.field(self.kept, field.h_mass_KV, field.mean_K, self.weight_K)
+        if isinstance(term.shape, ReverseKL) and target.single is not None:
+            target.single.reverse_kl = (self.kept, field.value_K)
+        self._put(student_mass_T=field.student_mass_K, target_mass_T=field.target_mass_K)
+        self._put(unresolved_T=field.unresolved_K, ratio_T=torch.ones_like(field.value_K))
+        return field.value_K
 
     def _mean_h(self, term: DivergenceTerm, shape: ShapeMaths, target: Target) -> Tensor:
         """E_p[h]."""
@@ -97,7 +142,11 @@ class TermOnBlock:
         pair = self._pair(target)
         named_BK = self.block.student_top_BK
         named_KS = None if named_BK is None else self.kept.of(named_BK)
-        field = top_k_field(term.support, shape, pair.p, pair.logp, pair.q, pair.logq, named_KS)
+        partial = None
+        if target.foreign:
+            theirs = None if term.support.kind == "student_top_k" else term.support.k
+            partial = target.partial(self.kept, theirs)
+        field = top_k_field(term.support, shape, pair.p, pair.logp, pair.q, pair.logq, named_KS, partial)
         self._put(student_mass_T=field.student_mass_K, target_mass_T=field.target_mass_K)
         self._put(unresolved_T=field.unresolved_K)
         if self.gradient is not None:

@@ -26,10 +26,11 @@ from opd.objectives.kernels.block import Block, block_tokens, part_tokens, tile_
 from opd.objectives.kernels.checks import check_rows
 from opd.objectives.kernels.columns import Columns
 from opd.objectives.kernels.diagnostics import note_scorer, note_student
+from opd.objectives.kernels.foreign import ForeignEntries, ForeignReading, SharedVocabulary
 from opd.objectives.kernels.gradient import BlockGradient
 from opd.objectives.kernels.head_gradient import HeadGradient
 from opd.objectives.kernels.reading import Known, Reading
-from opd.objectives.kernels.rows import ScorerValues, TermRows, TermValues, TokenRows, TokenValues
+from opd.objectives.kernels.rows import ScorerValues, TermRows, TermValues, TokenRows, TokenValues, merges
 from opd.objectives.kernels.scratch import Scratch
 from opd.objectives.kernels.subset import Subset
 from opd.objectives.kernels.terms import TermOnBlock
@@ -177,9 +178,11 @@ class TiledPass:
         self.wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         self.columns = Columns(self.tokens, self.wide, device)
         self.loss = torch.zeros((), dtype=self.wide, device=device)
-        self.mixes = _same_mixes(terms)
-        self.tile_tokens = tile_tokens(task.chunk_tokens, head.vocab_size)
-        self.block_tokens = block_tokens(self.tile_tokens, head.vocab_size, device)
+        self.mixes = _same_mixes([t for t in terms if not merges(t.term)])
+        self.shared = {s.name: SharedVocabulary(s) for s in scorers if s.shared_V is not None}
+        widest = max(widths.values())  # of one tokenizer they are equal
+        self.tile_tokens = tile_tokens(task.chunk_tokens, widest)
+        self.block_tokens = block_tokens(self.tile_tokens, widest, device)
         self.part_tokens = part_tokens(self.tile_tokens, self.block_tokens, device)
         edges = sorted({edge for tile in self.tiles() for edge in (*_starts(tile, self.block_tokens), tile.stop)})
         self.edges = {s.name: _cuts(s.known_index_T, edges) for s in scorers}
@@ -266,12 +269,20 @@ class TiledPass:
         token_R = rows.of(self.task.rows.token_T[start:stop])
         if logits_RV is None:
             assert scorer.logprobs_T is not None
-            entries = None
+            entries, drawn_R = None, scorer.logprobs_T[part].to(self.wide)
             if scorer.entry_ids_TK is not None and scorer.entries_TK is not None:
                 entries = Known(scorer.entry_ids_TK[part], scorer.entries_TK[part], self.head.vocab_size)
-            return Reading(rows, token_R, drawn_R=scorer.logprobs_T[part].to(self.wide), entries=entries)
+                if scorer.name in self.shared:
+                    return ForeignEntries(rows, token_R, drawn_R, entries)
+            return Reading(rows, token_R, drawn_R=drawn_R, entries=entries)
         first = self.edges[scorer.name][tile.start]
         logits_RV = logits_RV[part.start - first : part.stop - first].to(self.wide)
+        if scorer.name in self.shared:
+            assert scorer.own_token_T is not None
+            before_R = None if scorer.before_T is None else scorer.before_T[part]
+            return ForeignReading(
+                rows, token_R, logits_RV, scorer.own_token_T[part], self.shared[scorer.name], before_R
+            )
         order_V = self.heads[scorer.name].order_V
         return Reading(rows, token_R, logits_RV=logits_RV if order_V is None else logits_RV.index_select(1, order_V))
 

@@ -35,7 +35,7 @@ from opd.objectives.kernels.diagnostics import note_scorer, note_student
 from opd.objectives.kernels.gradient import BlockGradient
 from opd.objectives.kernels.mixing import Target
 from opd.objectives.kernels.reading import Reading
-from opd.objectives.kernels.rows import TermRows, TokenRows, TokenValues
+from opd.objectives.kernels.rows import TermRows, TokenRows, TokenValues, merges
 from opd.objectives.kernels.subset import Subset
 from opd.objectives.kernels.terms import TermOnBlock
 from opd.objectives.kernels.tiled import Task, TiledPass, look_of, loss_of
@@ -60,7 +60,7 @@ def triton_loss(
     Raises ValueError when rows do not fit together.
     """
     task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
-    return loss_of(_pass(hidden_TD), hidden_TD, task)
+    return loss_of(_pass(hidden_TD, task), hidden_TD, task)
 
 
 def triton_look(
@@ -76,11 +76,13 @@ def triton_look(
 ) -> TokenValues:
     """As `tiled_look`, likewise."""
     task = Task(head, rows, tuple(terms), tuple(scorers), student_temperature, chunk_tokens, diagnostics)
-    return look_of(_pass(hidden_TD), hidden_TD, task)
+    return look_of(_pass(hidden_TD, task), hidden_TD, task)
 
 
-def _pass(hidden_TD: Tensor) -> type[TiledPass]:
-    return TiledPass if hidden_TD.dtype == torch.float64 else TritonPass
+def _pass(hidden_TD: Tensor, task: Task) -> type[TiledPass]:
+    """Of two tokenizers, and of merged spans, the kernels know nothing."""
+    plain = all(s.shared_V is None for s in task.scorers) and not any(merges(t.term) for t in task.terms)
+    return TritonPass if plain and hidden_TD.dtype != torch.float64 else TiledPass
 
 
 class TritonPass(TiledPass):
