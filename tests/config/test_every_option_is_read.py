@@ -17,6 +17,7 @@ from typing import get_args, get_origin
 import pytest
 
 import opd
+from opd.config.alignments import Alignment
 from opd.config.behaviours import Behaviour
 from opd.config.schema import Config
 from opd.config.schema_walk import ROOT, Option
@@ -43,7 +44,14 @@ ALIASES = {
     "Speculative": {"spec"},
     "Share": {"part"},
 }
-UNIONS = {"Target": Target, "Behaviour": Behaviour, "Writer": Behaviour, "Support": Support, "Weighting": Weighting}
+UNIONS = {
+    "Target": Target,
+    "Behaviour": Behaviour,
+    "Writer": Behaviour,
+    "Support": Support,
+    "Weighting": Weighting,
+    "Alignment": Alignment,
+}
 
 
 def sections(option: Option = ROOT, name: str = "config") -> dict[type[Spec], set[str]]:

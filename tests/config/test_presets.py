@@ -27,11 +27,12 @@ def words(text: str) -> list[str]:
 NAMED = words("""
     reverse_kl forward_kl jsd sft seqkd self_sft gkd gkd_rl distillm distillm2 minillm tml mopd gopd exopd
     exopd_corrected deepseek_v4 lsm ta_opd eopd opdvr kdrl iw_opd prefix_opd opsd sdft sdpo compass binary_opd skd grpo
-    no_teacher
+    no_teacher shared_top_k span gold uld alm
 """)
 # methods.md marks these with nothing better than (secondary).
 SECONDARY = words("""
     gkd gkd_rl distillm distillm2 deepseek_v4 ta_opd eopd opdvr kdrl iw_opd prefix_opd binary_opd skd no_teacher
+    shared_top_k uld alm
 """)
 PRICED = {"lsm"}  # its tail is renormalised, which warns
 
@@ -95,6 +96,9 @@ def test_O_25_every_preset_says_what_it_is_and_where_it_is_from(name):
         ("sdft", "Two codes rescale to the 20 instead of keeping the rest"),
         ("tml", "The cookbook sums over tokens; here it is their mean"),
         ("mopd", "The report writes the mean over each answer's own length"),
+        ("gold", "The code's default (observed) takes each probability one position late and leaves ends out"),
+        ("uld", "The paper joins positions by their number and cuts the longer text; here they are joined by the text"),
+        ("alm", "here a span is the least that both have"),
     ],
 )
 def test_O_25_where_paper_and_code_differ_a_preset_says_which_it_follows(name, which):
@@ -114,6 +118,10 @@ def test_O_25_where_paper_and_code_differ_a_preset_says_which_it_follows(name, w
         ("minillm", {"teacher": "full"}, "8 N_student + 4 N_teacher"),
         ("grpo", {"reward": "answer"}, "8 N_student"),
         ("kdrl", {"teacher": "sampled", "reward": "answer"}, "8 N_student + 2 N_teacher"),
+        ("shared_top_k", {"teacher": "entries"}, "8 N_student + 2 N_teacher"),
+        ("span", {"teacher": "sampled"}, "8 N_student + 2 N_teacher"),
+        ("gold", {"teacher": "full"}, "8 N_student + 2 N_teacher"),
+        ("alm", {"teacher": "sampled"}, "8 N_student + 2 N_teacher"),
     ],
 )
 def test_evidence_and_cost(name, evidence, cost):
@@ -156,6 +164,10 @@ def term(name: str, i: int = 0, **parameters):
         (lambda: (expand("sdft", {}).scorers["teacher"].ema_rate, term("sdft").support.k), (0.01, 20)),
         (lambda: (expand("sdpo", {}).scorers["teacher"].ema_rate, term("sdpo").support.k), (0.05, 100)),
         (lambda: expand("skd", {}).behaviour.top_k, 25),
+        (lambda: (term("gold").shape.beta, term("gold").shape.kind, term("gold").alignment.sort), (0.5, "jsd", "rest")),
+        (lambda: term("uld").alignment.sort, "all"),
+        (lambda: (term("alm").alignment.tau, term("alm").shape.kind), (100.0, "forward_kl")),
+        (lambda: (term("shared_top_k").support.k, term("shared_top_k").alignment.kind), (16, "strict")),
         (lambda: (term("grpo").importance.low, term("grpo").advantage), (0.2, "group")),
     ],
 )

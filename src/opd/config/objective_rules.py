@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from opd.config.alignment_rules import alignment_rules
+from opd.config.alignments import ALM, Gold
 from opd.config.behaviours import writers
 from opd.config.naming import source_name
 from opd.config.objective import DataTerm, DivergenceTerm, OutcomeTerm, Term
@@ -189,7 +191,8 @@ def _shape(config: Config, path: str, term: Term) -> Iterator[Problem]:
         yield Problem(
             f"{path}.shape.normalised", what, allowed="false (GKD's form), or true (divided by beta (1 - beta))"
         )
-    if not isinstance(shape, ReverseKL) and not is_one_scorer(term.target) and not whole:
+    of_spans = isinstance(term.alignment, Gold | ALM)  # these need one scorer for every shape: alignment_rules
+    if not isinstance(shape, ReverseKL) and not is_one_scorer(term.target) and not whole and not of_spans:
         what = f"a target of kind {term.target.kind} is known up to a factor, which only log r can bear: another shape "
         what += "needs the whole vocabulary, and discount 0"
         where = f"{path}.support.kind" if not isinstance(term.support, Full) else f"{path}.credit.discount"
@@ -258,7 +261,8 @@ def _importance(config: Config, path: str, term: Term) -> Iterator[Problem]:
     assert config.objective.behaviour is not None
     weights, write = term.importance, read_by(term, config.objective.behaviour)
     if not is_drawn(term):
-        if not isinstance(weights, NoImportance):
+        is_alm = isinstance(term, DivergenceTerm) and isinstance(term.alignment, ALM)  # which says so itself
+        if not isinstance(weights, NoImportance) and not is_alm:
             what = "it would do nothing: the sum over the vocabulary has no drawn token to weight"
             yield Problem(f"{path}.importance", what, weights.kind, allowed="none; or support: sampled")
         return
@@ -298,7 +302,7 @@ def _kind_said(term: Term) -> str:
 
 
 def _advantage_under(config: Config, path: str, term: Term) -> Iterator[Problem]:
-    if not isinstance(term, DivergenceTerm) or term.advantage_under == "student":
+    if not isinstance(term, DivergenceTerm) or term.advantage_under == "student" or isinstance(term.alignment, ALM):
         return
     assert config.objective.behaviour is not None
     where, said = f"{path}.advantage_under", term.advantage_under
@@ -327,4 +331,5 @@ TERM_RULES: tuple[Callable[[Config, str, Term], Iterator[Problem]], ...] = (
     _credit,
     _importance,
     _advantage_under,
+    alignment_rules,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from opd.config.alignments import ALM, Gold, Strict
 from opd.config.behaviours import Behaviour, BehaviourKind, Speculative, TeacherMixed, TeacherWrites, writers
 from opd.config.objective import DivergenceTerm, Objective, OutcomeTerm, Term
 from opd.config.schema import Config, Scorer
@@ -26,8 +27,11 @@ def read_by(term: Term, behaviour: Behaviour) -> frozenset[BehaviourKind]:
 
 
 def is_sampled(term: Term) -> bool:
-    """Whether the term is a policy gradient of the drawn token alone."""
-    return isinstance(term, OutcomeTerm) or (isinstance(term, DivergenceTerm) and isinstance(term.support, Sampled))
+    """Whether the term is a policy gradient of the drawn token alone, or of its span. ALM is none: it is a loss on the
+    text that is there."""
+    if isinstance(term, DivergenceTerm):
+        return isinstance(term.support, Sampled) and not isinstance(term.alignment, ALM)
+    return isinstance(term, OutcomeTerm)
 
 
 def is_drawn(term: Term) -> bool:
@@ -83,8 +87,11 @@ def resolution(term: DivergenceTerm) -> Resolution:
     """What the term needs of every scorer in its target.
 
     A few entries do for a support of few entries where one scorer is the target: of a mixture neither the most likely
-    tokens nor the normaliser follow from those of its parts.
+    tokens nor the normaliser follow from those of its parts. Spans are compared by what was written in them, with gold
+    by whole distributions at their ends.
     """
+    if not isinstance(term.alignment, Strict):
+        return "full" if isinstance(term.alignment, Gold) else "sampled"
     by = term.tokens.select.by if term.tokens.select else "entropy"
     if isinstance(term.support, TopK):
         return "entries" if is_one_scorer(term.target) else "full"

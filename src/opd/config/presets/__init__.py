@@ -3,6 +3,7 @@
 A file for every family; importing this registers them all.
 """
 
+from opd.config.presets import across_tokenizers as across_tokenizers
 from opd.config.presets import divergences as divergences
 from opd.config.presets import outcomes as outcomes
 from opd.config.presets import own_teacher as own_teacher
