@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from opd.config.loading import load_config
 from opd.config.schema import Config
@@ -68,6 +69,36 @@ def not_a_number(model: Any) -> None:
 def _untie(model: Any) -> None:
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     model.config.tie_word_embeddings = False
+
+
+def foreign(folder: Path, start: Path, change: Callable[[Any], None] | None = None, *, seed: int = 0) -> Path:
+    """The same model with another tokenizer: other ids, another end token, and seven digits that the world has not.
+
+    Digits get the row of the colon, which nobody writes: what the model says about letters is as it was.
+    """
+    if change is not None:
+        start = changed(folder.with_name(f"{folder.name}-before"), start, change, seed=seed)
+    model = AutoModelForCausalLM.from_pretrained(start)
+    own = ["[END]", *sorting.ALPHABET[1:]]
+    torch.manual_seed(seed)
+    order = torch.randperm(len(own)).tolist()
+    names = [*(own[n] for n in order), *"0123456"]
+    rows = [*order, *[sorting.ALPHABET.index(":")] * 7]
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight[rows].clone()
+    model.resize_token_embeddings(len(rows), mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(weight)
+    backend = Tokenizer(models.WordLevel({token: index for index, token in enumerate(names)}))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]", pad_token="[END]")
+    end = tokenizer.eos_token_id
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = config.pad_token_id = end
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def recipe(folder: Path, student: Path, teacher: Path, *, seed: int = 0, graded: bool = True, **changes: Any) -> Config:

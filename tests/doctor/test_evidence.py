@@ -25,12 +25,16 @@ class Few:
 
     def __init__(self, teacher, resolution: str, k: int = 0, missing: int = 0) -> None:
         self.name, self.resolution, self.most_entries = teacher.name, resolution, k
+        self.agreement = teacher.agreement
         self._teacher, self._missing = teacher, missing
 
     def evidence(self, rollouts_N):
         outer, inner = self, self._teacher.evidence(rollouts_N)
 
         class Evidence:
+            def spans(self):
+                return {}
+
             def prepare(self, wants):
                 return 0
 
@@ -66,7 +70,7 @@ def slowly(rollouts_N, reader):
     parts = []
     for r in rollouts_N:
         states = answer_states(reader.model, [reader.format.prompt_ids(r.prompt.row)], [r.response_ids], share=False)
-        parts.append(torch.log_softmax(head_logits(states, reader.head).double(), -1))
+        parts.append(torch.log_softmax(head_logits(states, reader.head_on(states.device)).double(), -1))
     return torch.cat(parts).detach().numpy()
 
 

@@ -12,14 +12,14 @@ from opd.doctor import text
 from opd.doctor.examine import Options, examine
 from opd.doctor.findings import Finding
 from opd.wiring.build import load_prompts
-from tests import tiny
+from tests import crossing, tiny
 
 MUTE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 DEAF = "<|im_start|>user\n<|im_end|>\n{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
 def config(
-    folder: Path, *, rows=("hi", "ho"), teacher: dict | None = None, student: dict | None = None, seed=0
+    folder: Path, *, rows=("hi", "ho"), teacher: dict | None = None, student: dict | None = None, seed=0, **changes
 ) -> Config:
     models = {who: tiny.save(folder / who, seed=2 * seed + n) for n, who in enumerate(("student", "teacher"))}
     return load_config(
@@ -30,6 +30,7 @@ def config(
             "prompts": {"sources": [{"kind": "inline", "rows": list(rows)}], "per_step": 2},
             "sampling": {"max_tokens": 8, "samples_per_prompt": 1},
             "objective": {"preset": "reverse_kl"},
+            **changes,
         },
     ).config
 
@@ -71,13 +72,32 @@ def test_A_16_an_end_that_the_teacher_cannot_read_stops_before_weights_are_loade
     assert report.verdict == "mend_template" and {finding.stage for finding in report.findings} == {1}
 
 
-def test_ends_that_cannot_be_exchanged_are_the_templates_fault_and_other_words_the_teachers(tmp_path):
+def test_ends_that_cannot_be_exchanged_are_the_templates_fault(tmp_path):
     other = config(tmp_path / "a", teacher={"format": {"end_tokens": ["a"]}})
     assert found(other)["agreement"].asks == "mend_template"
-    made = config(tmp_path / "b")
-    tiny.tokenizer(280).save_pretrained(tmp_path / "b" / "teacher")
-    assert found(made)["agreement"].asks == "another_teacher"
-    assert examine(made).verdict == "another_teacher"
+
+
+def test_A_12_another_tokenizer_is_said_with_what_is_shared_and_is_no_reason_to_stop(tmp_path):
+    made = config(tmp_path)
+    crossing.save(tmp_path / "teacher", "unigram")
+    finding = found(made)["agreement"]
+    assert finding.level == "ok" and 0.3 < finding.figures["vocabulary"] < 1
+    assert "teacher has another tokenizer" in finding.said and "reads as its own '<|im_end|>'" in finding.said
+    assert text.load(made)[0] is not None
+
+
+def test_what_no_run_can_do_across_tokenizers_is_the_configs_fault(tmp_path):
+    terms = [{"name": "a"}, {"name": "b", "support": {"kind": "sampled"}, "alignment": "span"}]
+    made = config(tmp_path, objective={"behaviour": "student", "terms": terms})
+    crossing.save(tmp_path / "teacher", "unigram")
+    texts, findings = text.load(made)
+    stop = next(finding for finding in findings if finding.level == "stop")
+    assert texts is None and stop.asks == "mend_config" and "another tokenizer" in stop.said
+
+
+def test_an_alignment_that_nobody_needs_is_a_note(tmp_path):
+    finding = found(config(tmp_path, objective={"preset": "span"}))["alignment"]
+    assert finding.level == "note" and "each token is a span of its own" in finding.said
 
 
 def test_an_end_that_only_one_side_knows_is_a_warning(tmp_path):

@@ -75,6 +75,39 @@ def test_X_9_a_useless_teacher_is_to_be_replaced(tmp_path, seed, change):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_A_12_a_good_teacher_with_another_tokenizer_is_a_go(tmp_path, seed):
+    teacher = cases.foreign(tmp_path / "teacher", cases.TEACHER, seed=seed)
+    report = looked_at(tmp_path, cases.STUDENT, teacher, seed=seed)
+    assert report.verdict == "go" and not stops(report)
+    said = {finding.check: finding for finding in report.findings}
+    assert said["alignment"].level == "ok" and said["alignment"].figures["same"] == 1
+    assert said["ability"].level == "ok" and said["resolution"].figures["variance_ratio"] is not None
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_X_9_a_useless_teacher_with_another_tokenizer_is_to_be_replaced(tmp_path, seed):
+    teacher = cases.foreign(tmp_path / "teacher", cases.TEACHER, cases.random_weights, seed=seed)
+    assert looked_at(tmp_path, cases.STUDENT, teacher, seed=seed).verdict == "another_teacher"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graded", [True, False])
+def test_A_10_markup_is_found_across_tokenizers(tmp_path, graded):
+    teacher = cases.foreign(tmp_path / "teacher", cases.TEACHER)
+    report = looked_at(tmp_path, cases.STUDENT, teacher, graded=graded, teacher_=MARKUP)
+    assert report.verdict == "mend_template" and "format" in stops(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["shared_top_k", "span", "gold", "uld", "alm"])
+def test_every_alignment_is_looked_at(tmp_path, preset):
+    for who, verdict in ((None, "go"), (cases.random_weights, "another_teacher")):
+        teacher = cases.foreign(tmp_path / f"teacher-{verdict}", cases.TEACHER, who)
+        report = looked_at(tmp_path / verdict, cases.STUDENT, teacher, objective={"preset": preset})
+        assert report.verdict == verdict
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_teacher_of_nan_is_found_when_it_is_loaded(tmp_path, seed):
     teacher = cases.changed(tmp_path / "teacher", cases.TEACHER, cases.not_a_number, seed=seed)
     report = looked_at(tmp_path, cases.STUDENT, teacher, seed=seed)

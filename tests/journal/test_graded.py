@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from opd.errors import DataError
-from opd.journal.graded import by_domain, by_position, check, penalty, worst
+from opd.journal.graded import by_domain, by_position, check, members, penalty, worst
 
 
 def record(student: bool = True) -> Any:
@@ -94,6 +94,77 @@ def test_worst_tokens_and_means_by_position_and_domain() -> None:
     assert worst(alone, 1, "a") == [(0, 1, -8.5)], "without a student the entropy counts"
     with pytest.raises(DataError, match=r"a, b.*student"):
         worst(made, 1, "student")
+
+
+def crossed(student: bool = True) -> Any:
+    """The same, where teacher b has another tokenizer: it reads t0 and t1 as one token, and nothing at t2."""
+    made = record(student)
+    made["readers"]["b"]["crossed"] = {"coverage": 0.5, "same": 0.0, "span_tokens": 2.0, "span_own_tokens": None}
+    made["own_texts"] = {"b": {"7": "seven"}}
+    for answer in made["answers"]:
+        n = len(answer["ids"])
+        answer["spans"] = {"b": [0, 0, -1][:n]}
+        answer["own"] = {"b": [[[9, "t0t1", -4.0]]][:n]}
+        answer["own_top"] = {"b": [[[7, -0.5]]][:n]}
+        answer["logprobs"]["b"] = [-2.0, -2.0, None][:n]
+        answer["entropy"]["b"] = [1.0, 0.5, None][:n]
+        answer["top"]["b"] = [[]] * n
+        if student:
+            answer["reverse_kl"]["b"] = [None] * n
+    return made
+
+
+def test_a_span_has_one_penalty_in_equal_shares_and_is_counted_once() -> None:
+    made = check(crossed())
+    first, second, _ = made["answers"]
+    assert members(first, "b") == [[0, 1]] and members(first, "a") == []
+    assert penalty(first, "b", "student") == [-0.5, -0.5, None], "-4 of the span, -3 of the student's two tokens"
+    assert penalty(second, "b", "student") == pytest.approx([-1.45, -1.45, None])
+    assert worst(made, 9, "b") == [(1, 0, pytest.approx(-1.45)), (0, 0, -0.5)]
+    assert by_domain(made, "b")["maths"] == {"mean": -0.5, "count": 2}
+    first["mask"][1] = 0
+    assert penalty(first, "b", "student") == [None, None, None], "a span counts as a whole"
+    alone = check(crossed(student=False))
+    assert penalty(alone["answers"][0], "b", None) == [-1.25, -1.25, None]
+    assert penalty(alone["answers"][0], "a", None) == penalty(record(student=False)["answers"][0], "a", None)
+
+
+def test_without_what_came_later_the_rest_is_a_record_of_schema_1() -> None:
+    made = crossed()
+    assert made["schema_version"] == 1 and check(json.loads(json.dumps(made))) == made
+    made.pop("own_texts")
+    made["readers"]["b"].pop("crossed")
+    for answer in made["answers"]:
+        for key in ("spans", "own", "own_top"):
+            answer.pop(key)
+    assert penalty(check(made)["answers"][0], "b", "student") == [-1.0, 0.0, None], "shares, token by token"
+
+
+CROSSED = {
+    "crossed facts that are missing": (lambda r: r["readers"]["b"]["crossed"].pop("same"), "crossed.same is missing"),
+    "facts in words": (lambda r: r["readers"]["b"]["crossed"].update(same="most"), "crossed.same must be a number"),
+    "a crossed student": (lambda r: r["readers"]["student"].update(crossed={}), "the student reads its own tokens"),
+    "nobody's spans": (lambda r: r["answers"][0].pop("spans"), "spans must be about exactly b"),
+    "spans of another": (lambda r: r["answers"][0]["spans"].update(a=[0, 0, 0]), "spans must be about exactly b"),
+    "too few spans": (lambda r: r["answers"][0]["spans"]["b"].pop(), r"spans\.b .* 3: 2"),
+    "a gap": (lambda r: r["answers"][0]["spans"].update(b=[0, 2, -1]), "runs numbered from 0"),
+    "a span in two parts": (lambda r: r["answers"][0]["spans"].update(b=[0, 1, 0]), "runs numbered from 0"),
+    "own tokens of no span": (lambda r: r["answers"][0]["own"]["b"].append([[9, "x", 0.0]]), r"own\.b .*spans, 1: 2"),
+    "a span without tokens": (lambda r: r["answers"][0]["own"].update(b=[[]]), r"own\.b\.0"),
+    "own tokens without text": (lambda r: r["answers"][0]["own"].update(b=[[[9, 1, 0.0]]]), r"own\.b\.0"),
+    "tops of no span": (lambda r: r["answers"][0]["own_top"].update(b=[]), r"own_top\.b .*spans, 1: 0"),
+    "own texts without a token": (lambda r: r["own_texts"]["b"].pop("7"), "own_texts has no token: 7"),
+    "own texts of no token": (lambda r: r["own_texts"]["b"].update(x="y"), r"keys of own_texts\.b"),
+}
+
+
+@pytest.mark.parametrize("name", CROSSED)
+def test_what_a_reader_with_another_tokenizer_says_agrees_with_itself(name: str) -> None:
+    spoil, message = CROSSED[name]
+    made = crossed()
+    spoil(made)
+    with pytest.raises(DataError, match=message):
+        check(made)
 
 
 def test_a_record_survives_json() -> None:

@@ -158,3 +158,43 @@ def by_hand(*tokens: tuple[str, float, float], **changed: Any) -> dict[str, Any]
         "texts": {str(i): piece for i, (piece, _, _) in enumerate(tokens)},
         "answers": [answer],
     }
+
+
+def joined() -> dict[str, Any]:
+    """An answer of seven tokens that the teacher reads in its own: two as one, one as two, three alike, one not."""
+    tokens = [
+        ("hel", -0.5),
+        ("lo", -0.5),
+        (" wor", -1.0),
+        ("ld", -0.2),
+        ("\ufffd", -9.0),
+        ("!", -0.1),
+        ("<|end|>", -0.3),
+    ]
+    made = by_hand(*((piece, p, 0.0) for piece, p in tokens))
+    answer = made["answers"][0]
+    own = [
+        [(7, "hello", -5.0)],
+        [(3, " w", -1.0), (4, "or", -3.5)],
+        [(5, "ld", -0.25)],
+        [(6, "!", -0.1)],
+        [(1, "</s>", -0.5)],
+    ]
+    made["readers"]["teacher"]["crossed"] = {
+        "coverage": 6 / 7,
+        "same": 3 / 7,
+        "span_tokens": 1.2,
+        "span_own_tokens": 1.2,
+    }
+    made["own_texts"] = {"teacher": {"0": "Hi", "1": "</s>", "7": "hello"}}
+    answer |= {
+        "finish_reason": "stop",
+        "spans": {"teacher": [0, 0, 1, 2, -1, 3, 4]},
+        "own": {"teacher": own},
+        "own_top": {"teacher": [[(0, -0.1), (1, -4.0)], *([[(0, -0.1)]] * 4)]},
+    }
+    answer["logprobs"]["teacher"] = [-2.5, -2.5, -4.5, -0.25, None, -0.1, -0.5]
+    answer["entropy"]["teacher"] = [0.25, 0.25, 0.75, 0.25, None, 0.25, 0.25]
+    answer["top"]["teacher"] = [[]] * len(tokens)
+    answer["reverse_kl"]["teacher"] = [None] * len(tokens)
+    return made

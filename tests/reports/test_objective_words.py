@@ -43,3 +43,27 @@ def test_shapes_and_the_plain_target() -> None:
     term = DivergenceTerm.model_validate({"name": "t", "shape": "jsd", "support": "sampled"})
     words = "JSD(target, student) (beta 0.5, normalised false) at the drawn tokens"
     assert formula(term.model_dump(mode="json")) == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"support": "sampled", "alignment": "span"}, "KL(student || target) of spans as they were drawn"),
+        (
+            {"support": "sampled", "alignment": {"kind": "alm", "tau": 10}},
+            "KL(student || target) of the chances of spans to the power 1 / 10",
+        ),
+        (
+            {"alignment": "gold", "target": "coach"},
+            "KL(student || target) of coach over the shared vocabulary where spans end, and "
+            "sum |sort(student) - sort(target)| of the rest",
+        ),
+        ({"alignment": {"kind": "gold", "sort": "all"}}, "sum |sort(student) - sort(target)| where spans end"),
+        ({"alignment": "strict"}, "KL(student || target) over the whole vocabulary"),
+    ],
+)
+def test_how_a_teacher_with_another_tokenizer_is_joined(changes, words: str) -> None:
+    term = DivergenceTerm.model_validate({"name": "t", **changes}).model_dump(mode="json")
+    assert formula(term) == words
+    if changes["alignment"] == "strict":
+        assert formula({key: value for key, value in term.items() if key != "alignment"}) == words, "an older run"

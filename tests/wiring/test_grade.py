@@ -18,7 +18,7 @@ from opd.journal.graded import GradedRecord, check, penalty, worst, writer_of
 from opd.journal.reader import read_rollouts
 from opd.lab.worlds import sorting
 from opd.wiring.grade import grade, teacher_names
-from tests import tiny
+from tests import crossing, tiny
 from tests.cli.test_train import opd, refused
 
 MODELS = Path(sorting.__file__).parents[1] / "demo" / "models"
@@ -114,9 +114,7 @@ def test_the_worst_token_is_the_students_own_error_when_it_stands_beside_the_tea
 def models(tmp_path_factory) -> tuple[str, str, str]:
     """A student and a teacher that speak ChatML, and one with other words."""
     folder = tmp_path_factory.mktemp("grade")
-    other = tiny.save(folder / "other", seed=2)
-    words = tiny.tokenizer(290)
-    words.save_pretrained(other)
+    other = crossing.save(folder / "other", "unigram", seed=2, max_position_embeddings=512)
     return tiny.save(folder / "student", seed=0), tiny.save(folder / "teacher", "llama", seed=1, scale=10.0), other
 
 
@@ -154,7 +152,7 @@ def test_raw_text_is_graded_without_an_end_of_ours(models) -> None:
 
 
 def test_several_teachers_read_the_same_tokens_each_with_its_own_options(models) -> None:
-    student, teacher, other = models
+    student, teacher, _ = models
     pair = {"prompt": "What is 2 + 2?", "completion": "4"}
     options = ["big.format.system_prompt=Think.", "teacher.dtype=float32", "learner.chunk_tokens=2"]
     record = check(grade(pair, {"big": teacher, "small": student}, options=options))
@@ -163,10 +161,87 @@ def test_several_teachers_read_the_same_tokens_each_with_its_own_options(models)
     assert len(answer["logprobs"]["big"]) == len(answer["logprobs"]["small"]) == len(answer["ids"])
     plain = grade(pair, {"small": student})["answers"][0]
     assert plain["logprobs"]["small"] == pytest.approx(answer["logprobs"]["small"], abs=2e-4)
-    with pytest.raises(ModelError, match="different tokenizers"):
-        grade(pair, teacher, other)
-    with pytest.raises(ModelError, match=r"odd cannot be shown beside big.*different tokenizers"):
-        grade(pair, {"big": teacher, "odd": other})
+
+
+def test_a_teacher_with_another_tokenizer_reads_the_text_in_tokens_of_its_own(models, tmp_path: Path) -> None:
+    student, teacher, other = models
+    pair = {"prompt": "What is 2 + 2?", "completion": "the answer is 12, again and again"}
+    page = tmp_path / "page.html"
+    record = check(grade(pair, {"big": teacher, "odd": other}, student, student_wrote=True, out=page))
+    (answer,) = record["answers"]
+    alone = check(grade(pair, {"big": teacher}, student))["answers"][0]
+    assert answer["ids"] == alone["ids"] and answer["logprobs"]["big"] == alone["logprobs"]["big"]
+    covered = record["readers"]["odd"].get("crossed")
+    assert covered is not None and covered["coverage"] == 1 and 0 < covered["same"] < 1
+    # The same text read by it alone, in its own tokens: the same log-probability of the whole.
+    (own,) = check(grade(pair, {"odd": other}))["answers"]
+    assert len(own["ids"]) != len(answer["ids"])
+    whole = [sum(values) for values in (answer["logprobs"]["odd"], own["logprobs"]["odd"])]  # pyright: ignore
+    assert whole[0] == pytest.approx(whole[1], abs=0.01)
+    assert [piece for span in answer.get("own", {})["odd"] for _, piece, _ in span] == own["pieces"]
+    assert "odd has another tokenizer" in page.read_text()
+    first = grade(pair, {"odd": other, "big": teacher})
+    assert first["answers"][0]["ids"] == own["ids"] and "crossed" in first["readers"]["big"], "the first one's tokens"
+    raw = check(grade({"text": "the quick brown fox"}, {"big": teacher, "odd": other}))["answers"][0]
+    assert None not in raw["logprobs"]["odd"] and raw["finish_reason"] is None
+
+
+def test_A_2_A_12_a_run_is_read_by_a_teacher_with_another_tokenizer_behind_its_own_prompts(
+    models, tmp_path: Path
+) -> None:
+    student, teacher, other = models
+    source = tmp_path / "prompts.jsonl"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("What is 2 + 2?", "hi")))
+    run = package.distill(
+        student,
+        teacher,
+        prompts={"sources": [{"kind": "jsonl", "path": str(source)}], "per_step": 2},
+        sampling={"max_tokens": 6, "samples_per_prompt": 2},
+        run={"folder": str(tmp_path / "run"), "steps": 1, "threads": 1},
+        views={"answers": 0},
+        quiet=True,
+    )
+    lines = list(read_rollouts(run.folder, 1))
+    options = ["teacher.format.system_prompt=Be brief."]
+    record = check(grade(run.folder, other, student, options=options))
+    assert [answer["ids"] for answer in record["answers"]] == [line["response_ids"] for line in lines]
+    told = grade(run.folder, other, student)
+    assert told["answers"][0]["logprobs"]["teacher"] != record["answers"][0]["logprobs"]["teacher"]
+    with pytest.raises(DataError, match=r"another tokenizer\. Name that student"):
+        grade(run.folder, other)
+    changed = [{"prompt": "What is 3 + 3?"}, {"prompt": "hi"}]
+    for rows, why in ((changed, "is another one there now"), (changed[1:], "needs the rows.*prompt and completion")):
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(DataError, match=why):
+            grade(run.folder, other, student)
+    source.unlink()
+    with pytest.raises(DataError, match=r"needs the rows"):
+        grade(run.folder, other, student)
+
+
+def test_A_13_ids_that_no_encoder_would_give_are_graded_as_they_are_written(models, tmp_path: Path) -> None:
+    """A student's own answers are not the tokens that its text would get."""
+    student, _, other = models
+    run = package.distill(
+        student,
+        student,
+        prompts={"sources": [{"kind": "inline", "rows": ["hi"]}], "per_step": 1},
+        sampling={"max_tokens": 24, "samples_per_prompt": 4},
+        run={"folder": str(tmp_path / "run"), "steps": 1, "threads": 1},
+        views={"answers": 0},
+        quiet=True,
+    )
+    record = check(grade(run.folder, other, student))
+    lines = {line["id"]: line for line in read_rollouts(run.folder, 1)}
+    words = tiny.tokenizer()
+    drifted = [
+        answer for answer in record["answers"] if words(lines[answer["id"]]["response"])["input_ids"] != answer["ids"]
+    ]
+    assert drifted
+    for answer in drifted:
+        unread = [t for t, span in enumerate(answer.get("spans", {})["teacher"]) if span < 0]
+        assert [t for t, value in enumerate(answer["logprobs"]["teacher"]) if value is None] == unread
+        assert len(unread) < len(answer["ids"])
 
 
 def test_a_runs_rollouts_are_read_with_their_recorded_ids(models, tmp_path: Path) -> None:

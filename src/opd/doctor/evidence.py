@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opd.doctor.across import Across, mapped
 from opd.doctor.thresholds import TOP_K
 from opd.models.causal import CausalLM
 from opd.models.packing import pack, plan
@@ -22,6 +23,7 @@ from opd.objectives.head import head_logits
 from opd.teachers.local import LocalTeacher
 from opd.teachers.member import Member
 from opd.teachers.reading import writer
+from opd.text.crossing import Crossing
 from opd.text.formats import PromptFormat
 from opd.types import Batch, Resolution, Rollout, ScorerRows, Want
 
@@ -41,6 +43,11 @@ class Tokens:
     outside_p_T             the student's mass outside the scorer's top k.
     outside_q_T             the scorer's mass outside the student's top k; of a whole distribution only.
     first_q_T               int64; the scorer's most likely token, -1 where it is not known.
+    mapped_T                bool; False where a scorer with another tokenizer reads something else.
+
+    Of a scorer with another tokenizer `drawn_q_T` is that of a span in equal shares, as is `drawn_p_T`; what is about
+    distributions is known where spans begin, over the tokens that both have and one class for all others (`doctor.
+    across`); `first_q_T` is in its own numbering.
     """
 
     resolution: Resolution
@@ -58,6 +65,7 @@ class Tokens:
     outside_p_T: NDArray[np.float64]
     outside_q_T: NDArray[np.float64]
     first_q_T: NDArray[np.int64]
+    mapped_T: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.row_T)
@@ -113,9 +121,11 @@ def read(
         k = min(k, teacher.most_entries)
     full = [r for r in rollouts_N if len(r.response_ids)]
     want = Want(wanted, frozenset(r.id for r in full), top_k=k if wanted == "entries" else 0)
+    seen: dict[str, dict[str, Tensor]] = {}
+    if isinstance(teacher.agreement, Crossing):
+        return _across(rollouts_N, full, student, teacher, want, k, tokens_per_micro_batch)
     ours, theirs = student.evidence(full), teacher.evidence(full)
     named = theirs.prepare({teacher.name: want})
-    seen: dict[str, dict[str, Tensor]] = {}
     found: Resolution = "full"
     try:
         for group in plan(full, tokens_per_micro_batch):
@@ -133,6 +143,35 @@ def read(
     finally:
         theirs.release()
     return _joined(rollouts_N, seen, found, k)
+
+
+def _across(
+    rollouts_N: Sequence[Rollout],
+    full: Sequence[Rollout],
+    student: LocalTeacher,
+    teacher: Member,
+    want: Want,
+    k: int,
+    tokens_per_micro_batch: int,
+) -> Tokens:
+    """The same of a scorer with another tokenizer."""
+    ours = student.evidence(full)
+    across = Across(full, teacher, want, k=k, chunk=student.chunk_tokens, columns=_COLUMNS)
+    seen: dict[str, dict[str, Tensor]] = {}
+    found: Resolution = "sampled"
+    try:
+        for group in plan(full, tokens_per_micro_batch):
+            batch = pack(group, device=student.model.device)
+            own = ours.read(batch, replace(want, resolution="full"))
+            assert own is not None
+            columns, rows = across.columns(batch, own)
+            if rows is not None:
+                found = "full" if rows.hidden_TD is not None else "entries" if rows.entries_TK is not None else found
+            for name, of in columns.items():
+                seen[name] = {column: torch.from_numpy(values_T) for column, values_T in of.items()}
+    finally:
+        teacher.release()
+    return replace(_joined(rollouts_N, seen, found, k), mapped_T=mapped(full, across.reads))
 
 
 def _columns(
@@ -259,5 +298,6 @@ def _joined(rollouts_N: Sequence[Rollout], seen: dict[str, dict[str, Tensor]], f
         row_T=np.repeat(np.array([n for n, _ in kept], dtype=np.int64), lengths),
         place_T=np.concatenate([np.arange(n) for n in lengths]) if kept else np.empty(0, np.int64),
         first_q_T=column("first_q").astype(np.int64),
+        mapped_T=np.ones(sum(lengths), dtype=np.bool_),
         **{f"{name}_T": column(name) for name in _COLUMNS},
     )

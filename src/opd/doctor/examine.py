@@ -11,7 +11,7 @@ import torch
 
 from opd.config.engines import Engine
 from opd.config.schema import Config
-from opd.doctor import fit, sanity, signal, speed, support, text
+from opd.doctor import alignment, fit, sanity, signal, speed, support, text
 from opd.doctor.ability import Answers, Problems, answer
 from opd.doctor.evidence import read, student_reader
 from opd.doctor.findings import Finding, Report
@@ -213,6 +213,9 @@ class _Examination:
         self.found += support.answers_findings(rollouts_N, cut=cut, limit=params.max_tokens)
         ended = support.control_finding("student", rollouts_N, special, params.stop_ids, shown, "student")
         self._add(ended)
+        self.found += alignment.alignment_findings(config, inputs.texts, rollouts_N, list(models.members))
+        if any(finding.check == "alignment" and finding.level == "stop" for finding in self.found):
+            return
         reader = self._reader(models)
         members: dict[str, Any] = dict(models.members)
         budget = config.learner.tokens_per_micro_batch

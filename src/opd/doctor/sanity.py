@@ -65,7 +65,10 @@ def _repeats(
 ) -> Finding:
     first = read(rollouts_N, student, member, tokens_per_micro_batch=tokens_per_micro_batch, wanted="sampled")
     second = read(rollouts_N, student, member, tokens_per_micro_batch=tokens_per_micro_batch, wanted="sampled")
-    lost = float(1 - np.isfinite(first.drawn_q_T).mean())
+    read_T = np.isfinite(first.drawn_q_T)[first.mapped_T]  # what it does not read it cannot score
+    lost = float(1 - read_T.mean()) if len(read_T) else 0.0
+    if not len(read_T):
+        return Finding(check="teacher", stage=3, level="note", said=f"{name} reads none of the first answers' tokens")
     gap_T = np.abs(first.drawn_q_T - second.drawn_q_T)
     gap = float(np.nanmax(gap_T)) if np.isfinite(gap_T).any() else None
     figures = {"largest_gap": gap, "without_score": lost}

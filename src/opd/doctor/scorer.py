@@ -16,6 +16,7 @@ from opd.doctor.findings import Finding
 from opd.doctor.rooms import Inputs, embedded
 from opd.errors import BadInput, DataError
 from opd.teachers.local import LocalTeacher
+from opd.text.crossing import Crossing
 from opd.types import Grade, Rollout, Row
 from opd.wiring.build import exam_format, render, sampling_params
 
@@ -61,16 +62,17 @@ class _Asked:
         self.option = option_of(self.config, name)
         self.budget = self.config.learner.tokens_per_micro_batch
         self.fmt = room.inputs.texts.student
-        self.special, self.shown = self.fmt.tokenizer.special_ids, dict(self.fmt.tokenizer.tokens)
+        self.foreign = isinstance(member.agreement, Crossing)
+        heard = member.format if self.foreign else self.fmt  # whose numbering its first choices have
+        self.ends, self.vocab_size = heard.end_ids, heard.tokenizer.vocab_size
+        self.special, self.shown = heard.tokenizer.special_ids, dict(heard.tokenizer.tokens)
         self.found: list[Finding] = []
 
     def everything(self) -> Tokens:
-        room, name, member, fmt = self.room, self.name, self.member, self.fmt
+        room, name, member = self.room, self.name, self.member
         own_weights = all_scorers(self.config)[name].weights == "model"
         tokens = read(room.rollouts_N, room.reader, member, tokens_per_micro_batch=self.budget)
-        self._add(
-            support.end_finding(name, room.rollouts_N, tokens, self.special, fmt.end_ids, self.shown, self.option)
-        )
+        self._add(support.end_finding(name, room.rollouts_N, tokens, self.special, self.ends, self.shown, self.option))
         own: Answers | None = None
         theirs: support.Reach | None = None
         able: bool | None = None
@@ -94,8 +96,10 @@ class _Asked:
             )
         if isinstance(member, LocalTeacher):
             self._formats(member, own if graded else None)
-        self.found.append(support.support_finding(name, tokens, theirs, able=able))
-        self.found += support.divergence_findings(name, tokens, fmt.tokenizer.vocab_size, drawn=self._drawn)
+        self.found.append(support.support_finding(name, tokens, theirs, able=able, foreign=self.foreign))
+        self.found += support.divergence_findings(
+            name, tokens, self.vocab_size, drawn=self._drawn, foreign=self.foreign
+        )
         return tokens
 
     def _own_answers(self, member: LocalTeacher) -> tuple[Answers | None, support.Reach | None]:
@@ -109,15 +113,16 @@ class _Asked:
             asked = Problems(where="", rows=rows, grader=_Nobody(), params=params, asked=params.max_tokens)
             spec = member.format
         try:
-            own = templates.written(config, asked, member.model, spec, tag=f"doctor/{name}")
+            tag = f"doctor/{name}"
+            own = templates.written(config, asked, member.model, spec, tag=tag, agreement=member.agreement)
             prompts = [render(row, fmt) for row in asked.rows]
+            moved = templates.as_student(own.rollouts_N, prompts, member.agreement)
         except (BadInput, DataError) as error:
             self.found.append(
                 Finding(check="ability", stage=4, level="note", said=f"{name} cannot be asked itself: {error}")
             )
             return None, None
         self._add(support.control_finding(name, own.rollouts_N, self.special, spec.end_ids, self.shown, self.option))
-        moved = templates.as_student(own.rollouts_N, prompts, member.agreement)
         written = [rollout for rollout in moved if len(rollout.response_ids)]
         theirs = read(written, room.reader, room.reader, tokens_per_micro_batch=self.budget, wanted="sampled")
         return own, support.reach(theirs)
@@ -142,7 +147,10 @@ class _Asked:
         for other in templates.others(member.format, self.fmt, self.option):
             gap = templates.reads_better(room.rollouts_N, room.reader, member, other, tokens=self.budget)
             try:
-                self._add(templates.template_finding(config, self.name, member.model, other, gap, own, room.problems))
+                made = templates.template_finding(
+                    config, self.name, member.model, other, gap, own, room.problems, member.agreement
+                )
+                self._add(made)
             except (BadInput, DataError):
                 continue  # the other format cannot write these rows
 

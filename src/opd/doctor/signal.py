@@ -15,11 +15,14 @@ from opd.config.objective import Objective as ObjectiveSpec
 from opd.config.schema import Config
 from opd.config.slots import AnySupport, Full, Sampled, TopK
 from opd.doctor import thresholds as line
+from opd.doctor.alignment import terms_of
 from opd.doctor.evidence import Tokens
 from opd.doctor.findings import Finding
 from opd.doctor.rooms import Models, free_gradients
 from opd.learner.learner import LocalLearner
 from opd.objectives.objective import Objective
+from opd.text.agreement import Agreement
+from opd.text.crossing import Crossing
 from opd.types import Resolution, Rollout
 
 TOP_K = 32
@@ -42,15 +45,21 @@ class Noise:
 
 
 def noise(
-    config: Config, models: Models, rollouts_N: Sequence[Rollout], name: str, support: AnySupport
+    config: Config, models: Models, rollouts_N: Sequence[Rollout], name: str, support: AnySupport, alignment: str
 ) -> Noise | None:
-    """Of reverse KL to scorer `name`, mean over tokens; None with fewer than `FEWEST` answers.
+    """Of reverse KL to scorer `name`, mean over tokens; None with fewer than `FEWEST` answers. alignment: its kind, of
+    a scorer with another tokenizer.
 
     With n answers of gradients g_i, each weighted as it is in the step, the variance is n / (n - 1) (mean |g_i|^2 -
     |mean g|^2), and |mean g|^2 is too large by a n-th of that (as `learner.diagnostics.GradientNoise`).
     """
     term = DivergenceTerm.model_validate(
-        {"name": "probe", "target": {"kind": "single", "scorer": name}, "support": support.model_dump()}
+        {
+            "name": "probe",
+            "target": {"kind": "single", "scorer": name},
+            "support": support.model_dump(),
+            "alignment": alignment,
+        }
     )
     spec = ObjectiveSpec(
         behaviour=StudentWrites(),
@@ -65,8 +74,9 @@ def noise(
         spec=config.learner,
         total_steps=1,
     )
-    written = [rollout for rollout in rollouts_N if rollout.mask.any()][:MOST]
-    n, tokens = len(written), sum(int(rollout.mask.sum()) for rollout in written)
+    count = {r.id: _trained(r, models.members[name].agreement, alignment) for r in rollouts_N}
+    written = [rollout for rollout in rollouts_N if count[rollout.id]][:MOST]
+    n, tokens = len(written), sum(count[rollout.id] for rollout in written)
     if n < FEWEST:
         return None
 
@@ -80,12 +90,23 @@ def noise(
             free_gradients(models.student)
 
     mean_square = square(written)
-    each = sum(square([r]) * (n * int(r.mask.sum()) / tokens) ** 2 for r in written) / n
+    each = sum(square([r]) * (n * count[r.id] / tokens) ** 2 for r in written) / n
     models.scorers.panel.release()
     if not (math.isfinite(mean_square) and math.isfinite(each)):
         return None
     variance = max(n / (n - 1) * (each - mean_square), 0.0)
     return Noise(square=max(mean_square - variance / n, 0.0), variance=variance)
+
+
+def _trained(rollout: Rollout, agreement: Agreement | Crossing, alignment: str) -> int:
+    """How many of its tokens the term trains: of one tokenizer all, else what is joined, whole spans alone."""
+    if isinstance(agreement, Agreement):
+        return int(rollout.mask.sum())
+    spans = agreement.read(rollout).spans
+    if alignment == "strict":
+        return int((rollout.mask & spans.same_T).sum())
+    broken = spans.span_T[~rollout.mask]
+    return int((rollout.mask & (spans.span_T >= 0) & ~np.isin(spans.span_T, broken)).sum())
 
 
 def signal_findings(
@@ -96,19 +117,45 @@ def signal_findings(
     if not asked:
         return []
     drawn = all(isinstance(term.support, Sampled) for term in asked)
-    sampled = noise(config, models, rollouts_N, name, Sampled())
+    if models.members[name].agreement.foreign:
+        return _across(config, models, rollouts_N, name, resolution, drawn=drawn)
+    sampled = noise(config, models, rollouts_N, name, Sampled(), "strict")
     more: Noise | None = None
     kind, preset = "", ""
     if resolution == "full":
-        more, kind, preset = noise(config, models, rollouts_N, name, Full()), "the whole vocabulary", "reverse_kl"
+        more = noise(config, models, rollouts_N, name, Full(), "strict")
+        kind, preset = "the whole vocabulary", "reverse_kl"
     elif resolution == "entries":
         k = models.members[name].most_entries
         support = TopK(kind="teacher_top_k", k=min(TOP_K, k))
         more, kind, preset = (
-            noise(config, models, rollouts_N, name, support),
+            noise(config, models, rollouts_N, name, support, "strict"),
             f"the teacher's top {support.k}",
             "ta_opd",
         )
+    return _findings(config, name, sampled, more, kind, preset, drawn=drawn)
+
+
+def _across(
+    config: Config, models: Models, rollouts_N: Sequence[Rollout], name: str, resolution: Resolution, *, drawn: bool
+) -> list[Finding]:
+    """Of a scorer with another tokenizer, joined as the run's terms join it. What another alignment trains is something
+    else, so strict alone is compared with itself: drawn tokens with the shared vocabulary."""
+    kind = next((term.alignment.kind for term in terms_of(config, name)), "strict")
+    if kind == "strict":
+        sampled = noise(config, models, rollouts_N, name, Sampled(), kind)
+        more = noise(config, models, rollouts_N, name, Full(), kind) if resolution == "full" else None
+        return _findings(config, name, sampled, more, "the shared vocabulary", "shared_top_k", drawn=drawn)
+    found = noise(config, models, rollouts_N, name, Full() if kind == "gold" else Sampled(), kind)
+    return (
+        [] if found is None else [_batch(found, config.prompts.per_step * config.sampling.samples_per_prompt, config)]
+    )
+
+
+def _findings(
+    config: Config, name: str, sampled: Noise | None, more: Noise | None, kind: str, preset: str, *, drawn: bool
+) -> list[Finding]:
+    """kind, preset: what `more` was measured with, in words, and who takes it."""
     answers = config.prompts.per_step * config.sampling.samples_per_prompt
     times = sampled.variance / more.variance if sampled and more and more.variance > 0 else None
     figures = {

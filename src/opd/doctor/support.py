@@ -38,11 +38,15 @@ def reach(tokens: Tokens) -> Reach | None:
     )
 
 
-def support_finding(name: str, tokens: Tokens, theirs: Reach | None, *, able: bool | None) -> Finding:
+def support_finding(
+    name: str, tokens: Tokens, theirs: Reach | None, *, able: bool | None, foreign: bool = False
+) -> Finding:
     """Whether student and teacher overlap enough to begin on-policy.
 
     theirs   the student on the teacher's answers; None where it could not write any.
     able     whether the teacher is known to be the better one; None: nobody graded.
+    foreign  it has another tokenizer. What overlaps then tells vocabularies apart as well as models: it is said, and no
+             line is drawn through it. Its answers are read in the student's tokens.
     """
     overlap, shared, outside = _mean(tokens.overlap_T), _mean(tokens.shared_T), _mean(tokens.outside_p_T)
     missed = _mean(tokens.outside_q_T)
@@ -60,7 +64,9 @@ def support_finding(name: str, tokens: Tokens, theirs: Reach | None, *, able: bo
     if overlap is not None and outside is not None:
         said.append(
             f"top {tokens.k} of both share {100 * overlap:.0f} %; the student puts {100 * outside:.0f} % of its mass "
-            f"outside {name}'s" + ("" if missed is None else f", and {name} {100 * missed:.0f} % outside the student's")
+            f"outside {name}'s"
+            + ("" if missed is None else f", and {name} {100 * missed:.0f} % outside the student's")
+            + (", where spans begin, among tokens that both have" if foreign else "")
         )
     if theirs is not None:
         said.append(
@@ -75,7 +81,8 @@ def support_finding(name: str, tokens: Tokens, theirs: Reach | None, *, able: bo
             said=f"{name} gives the drawn token alone, and no answers of its own: support cannot be looked at",
             figures=figures,
         )
-    far = overlap is not None and outside is not None and overlap < line.OVERLAP_LOW and outside > line.MASS_OUTSIDE
+    judged = None if foreign else overlap
+    far = judged is not None and outside is not None and judged < line.OVERLAP_LOW and outside > line.MASS_OUTSIDE
     if far or (theirs is not None and theirs.unreached > line.UNREACHED_SHARE):
         unsure = "; nobody graded its answers: read a few of them before they are made the goal" if able is None else ""
         return Finding(
@@ -88,7 +95,7 @@ def support_finding(name: str, tokens: Tokens, theirs: Reach | None, *, able: bo
             figures=figures,
             asks="cold_start",
         )
-    if overlap is not None and overlap < line.OVERLAP_START and tokens.k == line.TOP_K:
+    if judged is not None and judged < line.OVERLAP_START and tokens.k == line.TOP_K:
         return Finding(
             check="support",
             stage=4,
@@ -98,12 +105,23 @@ def support_finding(name: str, tokens: Tokens, theirs: Reach | None, *, able: bo
             f"{name}'s answers first is worth a try",
             figures=figures,
         )
-    return Finding(check="support", stage=4, level="ok", said="; ".join(said), figures=figures)
+    unknown = foreign and theirs is None
+    return Finding(
+        check="support",
+        stage=4,
+        level="note" if unknown else "ok",
+        said="; ".join(said),
+        means=f"{name} writes no answers here: whether the student could is not known" if unknown else "",
+        figures=figures,
+    )
 
 
-def divergence_findings(name: str, tokens: Tokens, vocab_size: int, *, drawn: bool) -> list[Finding]:
+def divergence_findings(
+    name: str, tokens: Tokens, vocab_size: int, *, drawn: bool, foreign: bool = False
+) -> list[Finding]:
     """KL in both directions, entropies, tails of the log-ratio, and where in the answer they sit. drawn: the run takes
-    the log-ratio of drawn tokens, in which a tail is a weight."""
+    the log-ratio of drawn tokens, in which a tail is a weight. vocab_size: the scorer's. foreign: with another
+    tokenizer."""
     ratio_T = tokens.log_ratio_T[np.isfinite(tokens.log_ratio_T)]
     if not len(ratio_T):
         return []
@@ -123,6 +141,9 @@ def divergence_findings(name: str, tokens: Tokens, vocab_size: int, *, drawn: bo
     kl = f"reverse KL {sampled:.3g} nats a token at the drawn tokens"
     if reverse is not None and forward is not None:
         kind = "" if tokens.resolution == "full" else f" (at least; top {tokens.k} and one class for the rest)"
+        if foreign:
+            what = "shared tokens" if tokens.resolution == "full" else f"those of its top {tokens.k} that are shared"
+            kind = f" (where spans begin, over {what} and one class for the rest)"
         kl = f"reverse KL {reverse:.3g}, forward {forward:.3g} nats a token{kind}"
     found = []
     most = float(np.log(vocab_size))

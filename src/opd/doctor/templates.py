@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opd.config.schema import Config
 from opd.doctor import thresholds as line
@@ -19,6 +18,7 @@ from opd.errors import OpdError
 from opd.models.causal import CausalLM
 from opd.teachers.local import LocalTeacher
 from opd.text.agreement import Agreement
+from opd.text.crossing import Crossing, agree
 from opd.text.formats import PromptFormat
 from opd.types import Prompt, Rollout, Row
 
@@ -57,20 +57,21 @@ def reads_better(
     rollouts_N: Sequence[Rollout], student: LocalTeacher, member: LocalTeacher, other: Other, *, tokens: int
 ) -> float | None:
     """Nats a token that answers gain when the teacher reads their prompts in the other format; None where it cannot."""
-    twin = LocalTeacher(
-        member.model,
-        other.fmt,
-        member.agreement,
-        name=member.name,
-        temperature=member.temperature,
-        chunk_tokens=member.chunk_tokens,
-        share_prompts=member.share_prompts,
-    )
     try:
+        foreign = isinstance(member.agreement, Crossing)
+        twin = LocalTeacher(
+            member.model,
+            other.fmt,
+            agree(student.format, other.fmt) if foreign else member.agreement,
+            name=member.name,
+            temperature=member.temperature,
+            chunk_tokens=member.chunk_tokens,
+            share_prompts=member.share_prompts,
+        )
         now = read(rollouts_N, student, member, tokens_per_micro_batch=tokens, wanted="sampled")
         then = read(rollouts_N, student, twin, tokens_per_micro_batch=tokens, wanted="sampled")
     except OpdError:
-        return None  # a row that the other format cannot write
+        return None  # a row that the other format cannot write, or an end that does not fit
     gap_T = then.drawn_q_T - now.drawn_q_T
     gap_T = gap_T[np.isfinite(gap_T)]
     return float(gap_T.mean()) if len(gap_T) else None
@@ -84,6 +85,7 @@ def template_finding(
     gap: float | None,
     now: Answers | None,
     problems: Problems | None,
+    agreement: Agreement | Crossing,
 ) -> Finding | None:
     """The teacher (or the student) in the other format: nothing where that is no better.
 
@@ -92,7 +94,8 @@ def template_finding(
     """
     said = "" if gap is None else f"the student's answers gain {gap:.2f} nats a token when {name} reads {other.name}"
     if now is not None and problems is not None:
-        then = written(config, problems, model, other.fmt, tag=f"doctor/{name}/{other.name}")
+        tag = f"doctor/{name}/{other.name}"
+        then = written(config, problems, model, other.fmt, tag=tag, agreement=agreement)
         both = gain(now, then)
         if both is None:
             return None
@@ -127,27 +130,48 @@ def template_finding(
     )
 
 
-def written(config: Config, problems: Problems, model: CausalLM, fmt: PromptFormat, *, tag: str) -> Answers:
-    """A model's answers to the problems in a format."""
+def written(
+    config: Config,
+    problems: Problems,
+    model: CausalLM,
+    fmt: PromptFormat,
+    *,
+    tag: str,
+    agreement: Agreement | Crossing | None = None,
+) -> Answers:
+    """A model's answers to the problems in a format. agreement: with the student's tokens, which `problems` has."""
 
     def prompt(row: Row) -> Prompt:
         return Prompt(row=row, ids=fmt.prompt_ids(row))
 
-    mine = replace(problems, params=replace(problems.params, stop_ids=_ends(problems, fmt)))
+    mine = replace(problems, params=replace(problems.params, stop_ids=_ends(problems, fmt, agreement)))
     return answer(mine, engine_for(config, model), prompt, fmt, tag=tag)
 
 
-def as_student(answers_N: Sequence[Rollout], prompts_P: Sequence[Prompt], agreement: Agreement) -> list[Rollout]:
-    """Answers that a teacher wrote, as the student would have: its prompt, its end token."""
-    return [
-        replace(rollout, prompt=prompt, response_ids=_ids(agreement, rollout.response_ids))
-        for rollout, prompt in zip(answers_N, prompts_P, strict=True)
-    ]
+def as_student(
+    answers_N: Sequence[Rollout], prompts_P: Sequence[Prompt], agreement: Agreement | Crossing
+) -> list[Rollout]:
+    """Answers that a teacher wrote, as the student would have: its prompt, its tokens, its end token."""
+    return [_as_student(rollout, prompt, agreement) for rollout, prompt in zip(answers_N, prompts_P, strict=True)]
 
 
-def _ids(agreement: Agreement, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    return agreement.teacher_ids(ids)  # an exchange of two tokens undoes itself
+def _as_student(rollout: Rollout, prompt: Prompt, agreement: Agreement | Crossing) -> Rollout:
+    if isinstance(agreement, Agreement):  # an exchange of two tokens undoes itself
+        return replace(rollout, prompt=prompt, response_ids=agreement.teacher_ids(rollout.response_ids))
+    ids_T = agreement.student_answer(prompt, rollout.response_ids, ended=rollout.finish_reason == "stop")
+    return replace(
+        rollout,
+        prompt=prompt,
+        response_ids=ids_T,
+        behaviour_logprobs=np.full(len(ids_T), np.nan, dtype=np.float32),
+        mask=np.ones(len(ids_T), dtype=np.bool_),
+        turns=(),
+    )
 
 
-def _ends(problems: Problems, fmt: PromptFormat) -> tuple[int, ...]:
-    return tuple(dict.fromkeys((*fmt.end_ids, *problems.params.stop_ids)))
+def _ends(problems: Problems, fmt: PromptFormat, agreement: Agreement | Crossing | None) -> tuple[int, ...]:
+    """The format's own, and what the student stops at where the model has it, too."""
+    asked = problems.params.stop_ids
+    if isinstance(agreement, Crossing):
+        asked = [n for n in agreement.teacher_of_V[list(asked)].tolist() if n >= 0]
+    return tuple(dict.fromkeys((*fmt.end_ids, *asked)))

@@ -11,13 +11,15 @@ from opd.config.schema import Config
 from opd.config.scorers import all_scorers, loaded_as, option_of
 from opd.doctor import thresholds as line
 from opd.doctor.findings import Finding
-from opd.errors import ModelError
+from opd.errors import ConfigError, ModelError
 from opd.prompts.mixture import PromptStream
-from opd.reports.figures import counted
-from opd.text.agreement import Agreement, compare, rendered_difference
+from opd.reports.figures import counted, percent
+from opd.text.agreement import Agreement, rendered_difference
+from opd.text.crossing import Crossing, agree
 from opd.text.formats import PromptFormat
 from opd.types import Prompt, Row
 from opd.wiring.build import PreparedTask, Texts, load_format, scorer_role
+from opd.wiring.foreign import check_foreign, foreign_notes
 
 PROBE_QUESTION, PROBE_ANSWER = "Is this a question?", "opdprobe"
 _CHARACTERS = 2_000_000  # of data that are searched for control tokens
@@ -29,14 +31,14 @@ def load(config: Config) -> tuple[Texts | None, list[Finding]]:
     student = load_format(config.student, "student")
     found += _generation_prompt(student, "student", "student")
     formats: dict[str, PromptFormat] = {}
-    agreements: dict[str, Agreement] = {}
+    agreements: dict[str, Agreement | Crossing] = {}
     for name, scorer in all_scorers(config).items():
         option = option_of(config, name)
         formats[name] = load_format(loaded_as(config, scorer), scorer_role(config, name))
         if scorer.weights == "model":
             found += _generation_prompt(formats[name], name, option)
         try:
-            agreements[name] = compare(student, formats[name])
+            agreements[name] = agree(student, formats[name])
         except ModelError as error:
             words = student.tokenizer.tokens == formats[name].tokenizer.tokens
             found.append(
@@ -52,9 +54,37 @@ def load(config: Config) -> tuple[Texts | None, list[Finding]]:
                 )
             )
             continue
-        found.append(_agreement(student, formats[name], agreements[name], name, option))
-    texts = Texts(student, formats, agreements) if len(agreements) == len(formats) else None
+        agreement = agreements[name]
+        if isinstance(agreement, Crossing):
+            found.append(_crossing(agreement, name))
+        else:
+            found.append(_agreement(student, formats[name], agreement, name, option))
+    if len(agreements) < len(formats):
+        return None, found
+    texts = Texts(student, formats, agreements)
+    try:
+        check_foreign(config, texts)
+    except ConfigError as error:
+        found.append(Finding(check="alignment", stage=1, level="stop", said=str(error), asks="mend_config"))
+        return None, found
+    found += [Finding(check="alignment", stage=1, level="note", said=note) for note in foreign_notes(config, texts)]
     return texts, found
+
+
+def _crossing(crossing: Crossing, name: str) -> Finding:
+    student, theirs = crossing.student_fmt, crossing.teacher_fmt
+    ends = ", ".join(repr(_name(student, n)) for n in student.end_ids)
+    sizes = student.tokenizer.vocab_size, theirs.tokenizer.vocab_size
+    return Finding(
+        check="agreement",
+        stage=1,
+        level="warn" if crossing.notes else "ok",
+        said=f"{name} has another tokenizer: {sizes[1]:,} tokens where the student has {sizes[0]:,}, "
+        f"{percent(crossing.matched_share)} of them are the student's, too; answers end with {ends}, which {name} "
+        f"reads as its own {_name(theirs, theirs.end_ids[0])!r}" + "".join(f"; {note}" for note in crossing.notes),
+        means="text is joined with text, never ids with ids: see alignment",
+        figures={"tokens": sizes[1], "vocabulary": crossing.matched_share, "notes": len(crossing.notes)},
+    )
 
 
 def _agreement(student: PromptFormat, theirs: PromptFormat, agreement: Agreement, name: str, option: str) -> Finding:

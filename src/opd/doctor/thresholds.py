@@ -3,6 +3,8 @@ answer (`tests/doctor`): a rule of thumb, not a result."""
 
 from __future__ import annotations
 
+from opd.reports.crossed import LITTLE
+
 # ---- text and data ----------------------------------------------------------------------------------------------
 
 DROPPED = 0.1  # share of prompts that are too long, above which the run sees another data set than was meant (ours)
@@ -33,6 +35,13 @@ END_MISSED = 0.5  # share of ends at which the teacher's first choice is a contr
 TRUNCATED_WARN = 0.1  # share of answers cut at sampling.max_tokens (ours; arXiv 2604.08527 takes
 # truncation as a sign of length inflation)
 REPETITION = 0.2  # share of tokens in loops (ours; arXiv 2604.08527)
+
+# ---- another tokenizer --------------------------------------------------------------------------------------------
+
+COVERED_LEAST = 1 / 3  # share of the student's tokens in spans of both, below which a run is about too little (ours; an
+# agreement is refused there, too, on probe texts)
+COVERED = LITTLE  # the same, below which the report of a run says that the rest was not trained (ours)
+SAME = 0.7  # share of tokens that are the same to both, from which strict leaves little out (ours)
 
 # ---- support ----------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from opd.reports.figures import counted
+from opd.reports.crossed import joined
+from opd.reports.figures import counted, percent
 from opd.reports.options import MISSING
 from opd.reports.paired import problems
 from opd.reports.run_data import Row, RunData
@@ -49,6 +50,12 @@ def caveats(runs: Mapping[str, RunData], task: str | None) -> list[str]:
         named = {value for run in runs.values() if (value := run.option(f"{who}.model")) is not None}
         if len(named) > 1 and not _same_model(runs.values(), who):
             made.append(f"They start from different {what}: a better score may be theirs, not the method's.")
+    kinds = {letter: _kinds(run) for letter, run in runs.items()}
+    if len(set(kinds.values())) > 1:
+        made.append(
+            "Their teachers' tokens are joined with the student's in different ways: distances to a teacher are of "
+            f"different tokens, compare scores ({_by_letter(kinds)})."
+        )
     seeds = {letter: run.option("run.seed") for letter, run in runs.items()}
     if len(set(seeds.values())) > 1:
         made.append(f"Their seeds differ: {_by_letter(seeds)}.")
@@ -113,6 +120,12 @@ def _same_model(runs: Iterable[RunData], who: str) -> bool:
         if run.option(f"{who}.model") is not None
     }
     return len(weights) == 1 and "" not in weights
+
+
+def _kinds(run: RunData) -> str:
+    """How a run's teachers with another tokenizer are joined."""
+    found = sorted({f"{one.alignment}, {percent(one.trained)} of the tokens trained" for one in joined(run)})
+    return " and ".join(found) or "the student's own tokenizer"
 
 
 def _machine(run: RunData) -> str:

@@ -43,7 +43,10 @@ def formula(term: Mapping[str, Any]) -> str:
         return "policy gradient of the reward"
     target = term["target"]
     whose = "" if target == _PLAIN else f" of {target_in_words(target)}"
-    return f"{shape_in_words(term['shape'])}{whose} {_where(term)}"
+    alignment = term.get("alignment", {"kind": "strict"})
+    if alignment["kind"] == "gold" and alignment["sort"] == "all":
+        return f"sum |sort(student) - sort(target)|{whose} where spans end"
+    return f"{shape_in_words(term['shape'])}{whose} {_where(term, alignment)}"
 
 
 def shape_in_words(shape: Mapping[str, Any]) -> str:
@@ -91,7 +94,14 @@ def _pairs(value: Any) -> str:
     return ", ".join(f"{name}: {one}" for name, one in value.items()) if isinstance(value, Mapping) else str(value)
 
 
-def _where(term: Mapping[str, Any]) -> str:
+def _where(term: Mapping[str, Any], alignment: Mapping[str, Any]) -> str:
+    """alignment: how a teacher with another tokenizer is joined; strict is not said."""
+    if alignment["kind"] == "span":
+        return "of spans as they were drawn"
+    if alignment["kind"] == "alm":
+        return f"of the chances of spans to the power 1 / {alignment['tau']:g}"
+    if alignment["kind"] == "gold":
+        return "over the shared vocabulary where spans end, and sum |sort(student) - sort(target)| of the rest"
     support = term["support"]
     if support["kind"] == "full":
         return "over the whole vocabulary"

@@ -12,7 +12,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from opd.journal.graded import GradedAnswer, GradedRecord, by_domain, penalty, worst, writer_of
+from opd.journal.graded import GradedAnswer, GradedRecord, by_domain, members, penalty, worst, writer_of
+from opd.reports.crossed import said
 from opd.reports.figures import counted
 from opd.reports.printable import printable
 from opd.reports.progress import is_live, say
@@ -45,6 +46,7 @@ class _Shown:
         self.record, self.teacher, self.console, self.student = record, teacher, console, record["student"]
         self.writer = writer_of(record)
         self.penalties = [penalty(answer, teacher, self.writer) for answer in record["answers"]]
+        self.crossed = record["readers"][teacher].get("crossed")
         self.colours = is_live(console) and not console.no_color and console.color_system in ("256", "truecolor")
         self.width = min(console.width, 80)
 
@@ -70,17 +72,19 @@ class _Shown:
         self._say(f"{name} ({model})", "bold")
         times = f"{math.exp(MARKED):.0f} times less likely"
         if self.writer is None:
-            said = (
+            rule = (
                 "The penalty of a token is log q + entropy, in nats; q is the probability that the teacher gave it. "
                 f"0 is what the teacher expects of its own words, -{MARKED:.0f} is {times}."
             )
         else:
             own = self.record["readers"][self.writer]["model"]
-            said = (
+            rule = (
                 "The penalty of a token is log q - log p, in nats; q is the probability that the teacher gave it, p "
                 f"that of the student ({own}). 0: the same for both, -{MARKED:.0f}: {times} for the teacher."
             )
-        for line in textwrap.wrap(printable(said, encoding=self.console.encoding), self.width):
+        if self.crossed is not None:
+            rule += f" {said(name, self.crossed)} Of what lies between, the tokens have equal shares."
+        for line in textwrap.wrap(printable(rule, encoding=self.console.encoding), self.width):
             self._say(line)
         if self.colours:
             scale = Text("colours: ")
@@ -101,20 +105,26 @@ class _Shown:
         turn = f", turn {answer['turn'] + 1}" if answer["turn"] else ""
         self._say(self._fit(f"{answer['id']}{turn}", self.width), "bold")
         start, end = _stretch(penalties)
-        tokens = [self._token(answer, token, penalties[token]) for token in range(start, end)]
+        units = _units(answer, self.teacher, start, end)
+        tokens = [part for unit in units for part in self._unit(answer, unit, penalties[unit[0]])]
         if start:
             tokens.insert(0, Text("... "))
         if end < len(penalties):
             tokens.append(Text(" ..."))
         self.console.print(_lines(tokens, self.width), width=self.width, overflow="fold")
 
-    def _token(self, answer: GradedAnswer, token: int, value: float | None) -> Text:
-        piece = answer["pieces"][token]
+    def _unit(self, answer: GradedAnswer, unit: Sequence[int], value: float | None) -> list[Text]:
+        """One token, or those of a span; a mark is around all of it."""
+        if self.colours or value is None or value > -MARKED:
+            return [self._token(answer["pieces"][token], answer["ids"][token], value) for token in unit]
+        return [self._token("".join(answer["pieces"][token] for token in unit), answer["ids"][unit[0]], value)]
+
+    def _token(self, piece: str, number: int, value: float | None) -> Text:
         if value is None or value > -MARKED:
             style = "dim" if value is None else self._style(value)
             return Text(printable(piece, lines=True, encoding=self.console.encoding), style=style)
         # A space in front stays outside of the mark, as a line break behind it does: the text keeps its shape.
-        shown = self._named(piece, answer["ids"][token])
+        shown = self._named(piece, number)
         before, after = (" " if piece[:1] == " " and piece != " " else ""), "\n" * piece.count("\n")
         body = shown.removeprefix(before) if before else shown
         if self.colours:
@@ -141,30 +151,46 @@ class _Shown:
         self._say(f"penalty  teacher{student}   (log-probabilities)")
         for index, token, value in found:
             answer = self.record["answers"][index]
-            figures = f"{value:7.1f}  {answer['logprobs'][self.teacher][token] or 0.0:7.1f}"
+            span, theirs = self._span(answer, token)
+            figures = f"{value * len(span):7.1f}  {_sum(answer['logprobs'][self.teacher], span):7.1f}"
             if self.student is not None:
-                figures += f"  {answer['logprobs'][self.student][token] or 0.0:7.1f}"
-            self._say(f"{figures}   {self._context(answer, token, self.width - len(figures) - 3)}")
-            self._say(self._fit(f"         token {token + 1} of {self._fit(answer['id'], 40)}", self.width))
+                figures += f"  {_sum(answer['logprobs'][self.student], span):7.1f}"
+            self._say(f"{figures}   {self._context(answer, span, self.width - len(figures) - 3)}")
+            which = f"token {token + 1}" if len(span) == 1 else f"tokens {token + 1} to {span[-1] + 1}"
+            self._say(self._fit(f"         {which} of {self._fit(answer['id'], 40)}{theirs}", self.width))
             for name in (self.teacher, *([self.student] if self.student else [])):
                 self._say(
                     self._fit(f"         {name} would write {self._alternatives(answer, name, token)}", self.width)
                 )
 
-    def _context(self, answer: GradedAnswer, token: int, width: int) -> str:
-        """The token in brackets, with what stands around it."""
-        pieces = answer["pieces"]
-        body = self._fit(f"[{self._named(pieces[token], answer['ids'][token])}]", width - 8)
+    def _span(self, answer: GradedAnswer, token: int) -> tuple[list[int], str]:
+        """The tokens of the span that a token begins, and how a teacher with another tokenizer reads it, in words."""
+        for span, own in zip(members(answer, self.teacher), answer.get("own", {}).get(self.teacher, ()), strict=True):
+            if span[0] == token:
+                parts = " ".join(f'"{self._named(piece, number)}"' for number, piece, _ in own)
+                return span, f", for {self.teacher} {parts}" if len(span) + len(own) > 2 else ""
+        return [token], ""
+
+    def _context(self, answer: GradedAnswer, span: Sequence[int], width: int) -> str:
+        """The tokens in brackets, with what stands around them."""
+        pieces, token, last = answer["pieces"], span[0], span[-1]
+        inside = "".join(pieces[token : last + 1])
+        body = self._fit(f"[{self._named(inside, answer['ids'][token])}]", width - 8)
         room = (width - cell_len(body)) // 2
         before = answer["prompt"][-room:] + "".join(pieces[max(0, token - room) : token])
         before = self._fit(before, room, start=True)
-        after = self._fit("".join(pieces[token + 1 : token + 1 + room]), width - cell_len(body) - cell_len(before))
+        after = self._fit("".join(pieces[last + 1 : last + 1 + room]), width - cell_len(body) - cell_len(before))
         return f"{before}{body}{after}"
 
     def _alternatives(self, answer: GradedAnswer, reader: str, token: int) -> str:
         shown = []
-        for number, logprob in answer["top"][reader][token]:
-            name = self._named(self.record["texts"][str(number)], number)
+        texts, row = self.record["texts"], answer["top"][reader][token]
+        spans = answer.get("spans", {}).get(reader)
+        if spans is not None and spans[token] >= 0:  # in its own numbering
+            texts = self.record.get("own_texts", {})[reader]
+            row = answer.get("own_top", {})[reader][spans[token]]
+        for number, logprob in row:
+            name = self._named(texts[str(number)], number)
             chance = 100 * math.exp(logprob)
             shown.append(f'"{name}" {chance:.1f} %' if chance >= 0.1 else f'"{name}" <0.1 %')
         return ", ".join(shown) or "nothing: its numbers are not finite"
@@ -192,6 +218,23 @@ class _Shown:
                 break
             kept = character + kept if start else kept + character
         return f"...{kept}" if start else f"{kept}..."
+
+
+def _sum(values: Sequence[float | None], places: Sequence[int]) -> float:
+    return math.fsum(values[place] or 0.0 for place in places)
+
+
+def _units(answer: GradedAnswer, teacher: str, start: int, end: int) -> list[list[int]]:
+    """The tokens of [start, end), those of a span together."""
+    inside = {token: span for span in members(answer, teacher) for token in span}
+    units: list[list[int]] = []
+    for token in range(start, end):
+        span = inside.get(token, [token])
+        if units and units[-1][-1] in span:
+            units[-1].append(token)
+        else:
+            units.append([token])
+    return units
 
 
 def _stretch(penalties: Sequence[float | None]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opd.journal.graded import FORMAT, SCHEMA_VERSION, GradedAnswer, GradedRecord
+from opd.journal.graded import FORMAT, SCHEMA_VERSION, GradedAnswer, GradedRecord, ReaderInfo, grouped
 from opd.models.causal import CausalLM
 from opd.models.packing import pack, plan
 from opd.objectives.head import head_logits
 from opd.teachers.local import LocalTeacher
 from opd.teachers.member import Member
+from opd.teachers.own_words import as_read, coverage, in_own_words, in_shares
 from opd.text.agreement import compare
+from opd.text.crossing import Crossing, CrossRead
 from opd.text.formats import PromptFormat
 from opd.text.pieces import piece_alone, pieces
 from opd.text.tokenizer import Tokenizer
@@ -66,7 +69,7 @@ def read_answers(
     """Every reader's view of every token of `rollouts_N`, answers in the order given. Nothing is trained or drawn.
 
     readers     name to reader; the student's is made by `writer`. All agreements are with the format that made the
-                rollouts' ids.
+                rollouts' ids; one with another tokenizer reads the answers in its own.
     student     the reader that is the writer, or None. All others are teachers.
     tokenizer   the one of the rollouts' ids; `top` and `texts` are in its numbering.
     models      how each reader's model is called.
@@ -78,35 +81,75 @@ def read_answers(
     """
     teachers = [name for name in readers if name != student]
     order = [*([] if student is None else [student]), *teachers]
+    crossed: dict[str, _Crossed] = {}
     read: dict[tuple[str, str], Columns] = {}
     with ExitStack() as stack, torch.no_grad():
-        evidence = {}
         for name in order:
             stack.callback(readers[name].release)
-            evidence[name] = readers[name].evidence(rollouts_N)
         marks = {name: readers[name].fingerprint_now() for name in order}
-        for group in plan([r for r in rollouts_N if len(r.response_ids)], tokens_per_micro_batch):
-            batch = pack(group, device=device)
-            scored = {name: evidence[name].read(batch, _want(readers[name], group, top_k)) for name in order}
-            for name, columns in _read(batch, scored, student, top_k, chunk_tokens).items():
-                read |= {(rollout_id, name): rows for rollout_id, rows in _by_rollout(batch, columns)}
+        alike = {name: readers[name] for name in order if not isinstance(readers[name].agreement, Crossing)}
+        asked = _Asked(student, top_k, tokens_per_micro_batch, chunk_tokens, device)
+        read |= asked.all(rollouts_N, alike)
+        for name in order:
+            agreement, fmt = readers[name].agreement, readers[name].format
+            if isinstance(agreement, Crossing):
+                reads = {rollout.id: agreement.read(rollout) for rollout in rollouts_N}
+                crossed[name] = _Crossed(fmt.tokenizer, reads)
+                theirs = [as_read(rollout, reads[rollout.id], fmt) for rollout in rollouts_N]
+                read |= asked.all(theirs, {name: in_own_words(readers[name])})
     answers = []
     for rollout in rollouts_N:
         columns = {name: read.get((rollout.id, name), _NOTHING) for name in order}
         turn, score = (turns or {}).get(rollout.id, 0), (scores or {}).get(rollout.id)
-        answers.append(_answer(rollout, columns, student, tokenizer, turn, score))
+        answers.append(_answer(rollout, columns, crossed, student, tokenizer, turn, score))
     shown = {pair[0] for answer in answers for rows in answer["top"].values() for row in rows for pair in row}
-    return {
+    infos: dict[str, ReaderInfo] = {name: {"model": models[name], "fingerprint": marks[name]} for name in order}
+    for name, facts in crossed.items():
+        infos[name]["crossed"] = coverage(rollouts_N, facts.reads)
+    record: GradedRecord = {
         "schema_version": SCHEMA_VERSION,
         "format": FORMAT,
         "title": title,
         "step": step,
         "student": student,
         "teachers": teachers,
-        "readers": {name: {"model": models[name], "fingerprint": marks[name]} for name in order},
+        "readers": infos,
         "texts": {str(number): piece_alone(tokenizer, number) for number in sorted(shown)},
         "answers": answers,
     }
+    if crossed:
+        record["own_texts"] = {name: _own_texts(name, facts.tokenizer, answers) for name, facts in crossed.items()}
+    return record
+
+
+@dataclass(frozen=True)
+class _Crossed:
+    """What a reader with another tokenizer reads. reads: by rollout id."""
+
+    tokenizer: Tokenizer
+    reads: Mapping[str, CrossRead]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """How readers are asked; see `read_answers`."""
+
+    student: str | None
+    top_k: int
+    tokens_per_micro_batch: int
+    chunk_tokens: int
+    device: torch.device
+
+    def all(self, rollouts_N: Sequence[Rollout], readers: Mapping[str, Member]) -> dict[tuple[str, str], Columns]:
+        """(rollout id, reader) to what it says about the tokens; no entry for an answer without tokens."""
+        evidence = {name: reader.evidence(rollouts_N) for name, reader in readers.items()}
+        found = {}
+        for group in plan([r for r in rollouts_N if len(r.response_ids)], self.tokens_per_micro_batch):
+            batch = pack(group, device=self.device)
+            scored = {n: evidence[n].read(batch, _want(reader, group, self.top_k)) for n, reader in readers.items()}
+            for name, columns in _read(batch, scored, self.student, self.top_k, self.chunk_tokens).items():
+                found |= {(rollout_id, name): rows for rollout_id, rows in _by_rollout(batch, columns)}
+        return found
 
 
 def _want(reader: Member, group: Sequence[Rollout], top_k: int) -> Want:
@@ -195,11 +238,16 @@ def _by_rollout(batch: Batch, columns: Columns) -> Iterator[tuple[str, Columns]]
 def _answer(
     rollout: Rollout,
     columns: Mapping[str, Columns],
+    crossed: Mapping[str, _Crossed],
     student: str | None,
     tokenizer: Tokenizer,
     turn: int,
     score: float | None,
 ) -> GradedAnswer:
+    own = {name: columns[name] for name in crossed}
+    columns = {
+        name: _in_shares(of, crossed[name].reads[rollout.id]) if name in crossed else of for name, of in columns.items()
+    }
     answer: GradedAnswer = {
         "id": rollout.id,
         "prompt_id": rollout.prompt.id,
@@ -217,7 +265,36 @@ def _answer(
     }
     if student is not None:
         answer["reverse_kl"] = {n: _rounded(of["reverse_kl"]) for n, of in columns.items() if n != student}
+    if crossed:
+        answer["spans"] = {name: facts.reads[rollout.id].spans.span_T.tolist() for name, facts in crossed.items()}
+        answer["own"] = {
+            name: _own(of, crossed[name].reads[rollout.id], crossed[name].tokenizer) for name, of in own.items()
+        }
+        answer["own_top"] = {name: _own_top(of, crossed[name].reads[rollout.id]) for name, of in own.items()}
     return answer
+
+
+def _in_shares(columns: Columns, read: CrossRead) -> Columns:
+    """What a reader says about its own tokens [U], at the answer's [T]: see `journal.graded.GradedAnswer`."""
+    T = len(read.spans.span_T)
+    nothing_TK = np.empty((T, 0))
+    values: dict[str, NDArray[Any]] = {key: in_shares(columns[key], read.spans) for key in ("logprobs", "entropy")}
+    return {**values, "reverse_kl": np.full(T, np.nan), "ids": nothing_TK, "top": nothing_TK}
+
+
+def _own(columns: Columns, read: CrossRead, tokenizer: Tokenizer) -> list[list[tuple[int, str, float | None]]]:
+    shown, said = pieces(tokenizer, read.ids), _rounded(columns["logprobs"])
+    return [[(int(read.ids[u]), shown[u], said[u]) for u in tokens] for tokens in grouped(read.spans.span_U.tolist())]
+
+
+def _own_top(columns: Columns, read: CrossRead) -> list[list[tuple[int, float]]]:
+    rows = _top(columns)
+    return [rows[tokens[0]] for tokens in grouped(read.spans.span_U.tolist())]
+
+
+def _own_texts(name: str, tokenizer: Tokenizer, answers: Sequence[GradedAnswer]) -> dict[str, str]:
+    shown = {pair[0] for answer in answers for row in answer.get("own_top", {})[name] for pair in row}
+    return {str(number): piece_alone(tokenizer, number) for number in sorted(shown)}
 
 
 def _rounded(values_T: NDArray[Any]) -> list[float | None]:

@@ -29,10 +29,12 @@ from opd.reports.progress import RunView
 from opd.teachers.local import LocalTeacher
 from opd.teachers.reading import read_answers, writer
 from opd.teachers.residence import resident
-from opd.text.agreement import Agreement, compare
+from opd.text.agreement import Agreement
+from opd.text.crossing import Crossing, agree
 from opd.text.formats import PromptFormat
 from opd.types import Prompt, Rollout, Row
 from opd.wiring.build import load_format, render
+from opd.wiring.run_rows import run_rows
 from opd.wiring.transcripts import Answer, Answers, Transcript, read_transcript
 
 STUDENT = "student"
@@ -58,7 +60,8 @@ def grade(
 
     transcript  a .txt, .md, .json or .jsonl file, `-` for standard input, the folder of a run (the rollouts of its last
                 step, or of `step`); or from Python a row, rows or a chat: `{"text": "..."}`, a list of turns.
-    teachers    a folder or hub name, or several under names of their own. All need one tokenizer.
+    teachers    a folder or hub name, or several under names of their own. Tokens are the student's, else the first
+                teacher's; one with another tokenizer reads the text in tokens of its own, and is joined with them.
     student     a model that is shown beside them. Penalties are measured against it where it is the writer: in the
                 rollouts of a run, and where `student_wrote` says so.
     out         page.html, with page.json beside it; both are replaced.
@@ -84,7 +87,7 @@ def grade(
         )
     if asked.config.run.threads is not None:
         torch.set_num_threads(asked.config.run.threads)
-    reading = _prepare(asked, found)
+    reading = _prepare(asked, found, transcript)
     with RunView(console=console or Console(quiet=True)) as view:
         view.start(0, [f"{name} {spec.model}" for name, spec in asked.specs.items()])
         view.phase("loading models")
@@ -223,7 +226,7 @@ class _Reading:
     """first: the format that made the rollouts' ids."""
 
     formats: Mapping[str, PromptFormat]
-    agreements: Mapping[str, Agreement]
+    agreements: Mapping[str, Agreement | Crossing]
     rollouts_N: list[Rollout]
 
     @property
@@ -241,23 +244,30 @@ class _AsRecorded(PromptFormat):
         return np.array(row.columns["prompt_ids"], dtype=np.int64)
 
 
-def _prepare(asked: _Asked, found: Answers) -> _Reading:
+def _prepare(asked: _Asked, found: Answers, transcript: Transcript) -> _Reading:
     formats: dict[str, PromptFormat] = {name: load_format(spec, name) for name, spec in asked.specs.items()}
     first = next(iter(formats))
     agreements = {name: _agreement(first, name, formats) for name in formats}
     for note in dict.fromkeys(note for agreement in agreements.values() for note in agreement.notes):
         warnings.warn(note, stacklevel=3)
-    if found.answers[0].recorded is not None:
-        formats = {name: _AsRecorded(fmt) for name, fmt in formats.items()}
-    rollouts = [_rollout(answer, formats[first]) for answer in found.answers]
+    rows: dict[str, Row] = {}
+    lines = [answer.recorded for answer in found.answers if answer.recorded is not None]
+    foreign = {name: agreement for name, agreement in agreements.items() if isinstance(agreement, Crossing)}
+    if lines:
+        _check_written_with(formats[first], lines)
+        if foreign:
+            assert isinstance(transcript, str | Path)
+            rows = run_rows(Path(transcript).expanduser(), lines, formats[first])
+        formats = {name: fmt if name in foreign else _AsRecorded(fmt) for name, fmt in formats.items()}
+    rollouts = [_rollout(answer, formats[first], rows) for answer in found.answers]
     for name, spec in asked.specs.items():
-        _check_lengths(name, spec, formats[name], rollouts)
+        _check_lengths(name, spec, formats[name], rollouts, foreign.get(name))
     return _Reading(formats, agreements, rollouts)
 
 
-def _agreement(first: str, name: str, formats: Mapping[str, PromptFormat]) -> Agreement:
+def _agreement(first: str, name: str, formats: Mapping[str, PromptFormat]) -> Agreement | Crossing:
     try:
-        agreement = compare(formats[first], formats[name])
+        agreement = agree(formats[first], formats[name])
     except ModelError as error:
         if first == STUDENT:
             raise
@@ -265,10 +275,10 @@ def _agreement(first: str, name: str, formats: Mapping[str, PromptFormat]) -> Ag
     return agreement if first == STUDENT and name != first else replace(agreement, notes=())
 
 
-def _rollout(answer: Answer, fmt: PromptFormat) -> Rollout:
+def _rollout(answer: Answer, fmt: PromptFormat, rows: Mapping[str, Row]) -> Rollout:
     row = answer.row
     if answer.recorded is not None:
-        return _recorded(answer, fmt)
+        return _recorded(answer, rows.get(row.id, row))
     prompt = render(row, fmt)
     assert prompt.completion_ids is not None
     response = prompt.completion_ids
@@ -293,15 +303,10 @@ def _ends_in(text: str | None, fmt: PromptFormat, number: int) -> bool:
     return text is not None and text.endswith(fmt.tokenizer.show([number]))
 
 
-def _recorded(answer: Answer, fmt: PromptFormat) -> Rollout:
+def _recorded(answer: Answer, row: Row) -> Rollout:
     line = answer.recorded
     assert line is not None
-    if fmt.tokenizer.show(line["response_ids"]) != line["response"]:
-        raise DataError(
-            f"rollout {line['id']}: its ids are not the text that was recorded when {fmt.tokenizer.source} reads them; "
-            "the run's student had another tokenizer"
-        )
-    row = replace(answer.row, columns={"prompt_ids": line["prompt_ids"]})
+    row = replace(row, columns={**row.columns, "prompt_ids": line["prompt_ids"]})
     ids = np.array(line["response_ids"], dtype=np.int64)
     return Rollout(
         id=line["id"],
@@ -316,10 +321,23 @@ def _recorded(answer: Answer, fmt: PromptFormat) -> Rollout:
     )
 
 
-def _check_lengths(name: str, spec: Model, fmt: PromptFormat, rollouts_N: Sequence[Rollout]) -> None:
+def _check_written_with(fmt: PromptFormat, lines: Sequence[Mapping[str, Any]]) -> None:
+    for line in lines:
+        if fmt.tokenizer.show(line["response_ids"]) != line["response"]:
+            raise DataError(
+                f"rollout {line['id']}: its ids are not the text that was recorded when {fmt.tokenizer.source} reads "
+                "them; the run's student had another tokenizer. Name that student, whose tokens they are: "
+                "--student MODEL"
+            )
+
+
+def _check_lengths(
+    name: str, spec: Model, fmt: PromptFormat, rollouts_N: Sequence[Rollout], crossing: Crossing | None
+) -> None:
     positions = getattr(read_config(spec, name).get_text_config(), "max_position_embeddings", None)
     for rollout in rollouts_N:
-        prompt, answer = len(fmt.prompt_ids(rollout.prompt.row)), len(rollout.response_ids)
+        ids = rollout.response_ids if crossing is None else crossing.read(rollout).ids
+        prompt, answer = len(fmt.prompt_ids(rollout.prompt.row)), len(ids)
         if not prompt:
             raise DataError(
                 f"row {rollout.id}: its prompt has no tokens for {name} {spec.model}: nothing predicts its answer"
@@ -335,11 +353,13 @@ def _check_lengths(name: str, spec: Model, fmt: PromptFormat, rollouts_N: Sequen
 
 
 def _load(asked: _Asked, reading: _Reading) -> dict[str, LocalTeacher]:
-    size, learner = reading.first.tokenizer.vocab_size, asked.config.learner
+    learner = asked.config.learner
     prompts = [rollout.prompt for rollout in reading.rollouts_N[:4]]
     readers = {}
     for name, spec in asked.specs.items():
-        fmt, load = reading.formats[name], functools.partial(load_frozen, spec, size, role=name)
+        fmt = reading.formats[name]
+        own = fmt if reading.agreements[name].foreign else reading.first  # a teacher may have more tokens
+        load = functools.partial(load_frozen, spec, own.tokenizer.vocab_size, role=name)
         if name == STUDENT:
             model = load()
             next_token_logits(model, model.head, [prompt.ids for prompt in prompts])

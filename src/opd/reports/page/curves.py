@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from opd.reports.crossed import joined
 from opd.reports.figures import count, interval, percent
 from opd.reports.objective import scorers
 from opd.reports.page.base import attribute, text
@@ -160,6 +161,9 @@ def figures(run: RunData, *, max_points: int = 240) -> list[Figure]:
     made: list[Figure] = []
     for known in METRICS:
         metric = ANCHORED if known.key == "reverse_kl" and _is_anchored(run) else known
+        if metric.key == "reverse_kl" and joined(run):
+            said = f"{metric.caption} Of the tokens that are joined with a teacher of another tokenizer, see below."
+            metric = replace(metric, caption=said)
         curve = _speed(run) if metric.key == "tokens_per_second" else run.curve(metric.key)
         if metric.key == "loss" and _same(curve, run.curve("reverse_kl")):
             continue
@@ -167,7 +171,7 @@ def figures(run: RunData, *, max_points: int = 240) -> list[Figure]:
             made.append(_metric(run, metric, curve, max_points))
         if metric.key == "reverse_kl":
             made += [_accuracy(run, task, i) for i, task in enumerate(run.tasks[:4])]
-    made += _by_domain(run, max_points) + _by_position(run, max_points)
+    made += _by_domain(run, max_points) + _by_position(run, max_points) + _coverage(run, max_points)
     return made
 
 
@@ -270,7 +274,34 @@ def _by_position(run: RunData, max_points: int) -> list[Figure]:
     return [_several("positions", "Distance by position", caption, shown, max_points)]
 
 
-def _several(key: str, title: str, caption: str, shown: Sequence[tuple[str, Curve]], max_points: int) -> Figure:
+def _coverage(run: RunData, max_points: int) -> list[Figure]:
+    """One for each teacher with another tokenizer."""
+    caption = (
+        "This teacher has another tokenizer. Shares of the student's tokens: those in spans that both read, and those "
+        "that are the same one token to both. A fall says that the student moves to text that is not trained."
+    )
+    return [
+        _several(
+            f"joined-{n}",
+            f"Tokens joined with {one.name}",
+            caption,
+            [("in spans", one.covered), ("the same token", one.same)],
+            max_points,
+            share=True,
+        )
+        for n, one in enumerate(joined(run)[:COLOURS])
+    ]
+
+
+def _several(
+    key: str,
+    title: str,
+    caption: str,
+    shown: Sequence[tuple[str, Curve]],
+    max_points: int,
+    *,
+    share: bool = False,
+) -> Figure:
     window = max(window_for(len(curve)) for _, curve in shown)
     together = [point for _, curve in shown for point in curve]
     series = [
@@ -283,11 +314,17 @@ def _several(key: str, title: str, caption: str, shown: Sequence[tuple[str, Curv
         for i, (name, curve) in enumerate(shown, 1)
     ]
     chart = line_chart(
-        series, title=title, y_label="nats per token", log=spans(together), max_points=max_points // len(shown) + 20
+        series,
+        title=title,
+        y_label="share of tokens" if share else "nats per token",
+        log=not share and spans(together),
+        limits=(0.0, 1.0) if share else (None, None),
+        y_format=percent_label if share else None,
+        max_points=max_points // len(shown) + 20,
     )
     caption += f" Mean of {window} steps." if window > 1 else ""
     names = [(f"{one.tag}: {one.name}", i) for i, one in enumerate(series, 1)]
-    return Figure(key=key, title=title, caption=caption, chart=chart, names=names)
+    return Figure(key=key, title=title, caption=caption, chart=chart, names=names, percent=share)
 
 
 def _means(curve: Curve, window: int) -> list[float | None]:

@@ -16,7 +16,7 @@ from opd.reports.page.base import asset, page, text
 from opd.reports.page.charts import score_chart, swatch
 from opd.reports.page.curves import Figure, figures
 from opd.reports.page.record import config, costs, every_metric
-from opd.reports.page.tokens import token_view
+from opd.reports.page.tokens import ASSETS, token_view
 from opd.reports.page.verdict import EVENTS, gap, head
 from opd.reports.paired import paired
 from opd.reports.run_data import RunData, read_run
@@ -46,7 +46,7 @@ def write_report(folder: str | Path) -> Path:
 def report(run: RunData) -> str:
     """The page, self-contained and below `LIMIT` bytes: less is shown of a run that would not fit, and it says so."""
     made = ""
-    assets = sum(len(asset(name).encode()) for name in ("tokens.css", "tokens.js"))
+    assets = sum(len(asset(name).encode()) for name in ASSETS)
     for room in ROOM:
         made = _page(run, room, None)
         left = LIMIT - len(made.encode()) - assets - RESERVE

@@ -18,9 +18,8 @@ function numbers(packed, spec) {
   return Array.from({ length: packed.length / spec[0] }, (_, i) => number(packed, i * spec[0], spec));
 }
 
-function alternatives(packed) {
+function alternatives(packed, spec) {
   const rows = [];
-  const spec = data.numbers.alternative;
   for (let at = 0; at < packed.length; ) {
     const row = Array.from({ length: integer(packed, at, 1) }, (_, i) => {
       const start = at + 1 + i * (data.width + spec[0]);
@@ -30,6 +29,26 @@ function alternatives(packed) {
     rows.push(row);
   }
   return rows;
+}
+
+/** Of a reader with another tokenizer: the span of each token, null where it has none; with its first and last token, the
+ * reader's own tokens [text, log-probability], and its alternatives where the span begins. */
+function crossed(answer, reader) {
+  if (!answer.spans || answer.spans[reader] === null) return null;
+  const own = alternatives(answer.own[reader], data.numbers.logprob);
+  const top = alternatives(answer.own_top[reader], data.numbers.alternative);
+  const found = [];
+  let count = 0;
+  let span = null;
+  [...answer.spans[reader]].forEach((letter, i) => {
+    if (letter === "b") span = { first: i, count: 0, own: own[count], top: top[count++] };
+    if (letter !== "u") {
+      span.last = i;
+      span.count++;
+    }
+    found.push(letter === "u" ? null : span);
+  });
+  return found;
 }
 
 const opened = new Map(); // decoding waits until an answer is needed
@@ -43,7 +62,8 @@ function columns(answer) {
       entropy: unpack("entropy", "entropy"),
       kl: unpack("kl", "kl"),
       penalty: unpack("penalty", "penalty"),
-      top: answer.top.map(alternatives),
+      top: answer.top.map((packed) => alternatives(packed, data.numbers.alternative)),
+      spans: answer.top.map((_, reader) => crossed(answer, reader)),
     });
   }
   return opened.get(answer);

@@ -6,10 +6,10 @@ The exact numbers stay in the record's own JSON file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from opd.journal.graded import GradedAnswer, GradedRecord, penalty, writer_of
+from opd.journal.graded import GradedAnswer, GradedRecord, members, penalty, writer_of
 from opd.reports.page.token_extent import Extent, carried, keys
 from opd.reports.printable import printable
 
@@ -57,7 +57,13 @@ def columns(records: Sequence[GradedRecord], extent: Extent) -> dict[str, Any]:
     for record in packed:
         for answer in record["answers"]:
             answer["tokens"] = "".join(digits(index, width) for index in answer["tokens"])
-            answer["top"] = ["".join(_row(row, width) for row in rows) for rows in answer["top"]]
+            answer["top"] = ["".join(_row(row, width, ALTERNATIVE) for row in rows) for rows in answer["top"]]
+            for key, kind in (("own", LOGPROB), ("own_top", ALTERNATIVE)):
+                if key in answer:
+                    answer[key] = [
+                        None if rows is None else "".join(_row(row, width, kind) for row in rows)
+                        for rows in answer[key]
+                    ]
     return {
         "digits": DIGITS,
         "numbers": {
@@ -84,7 +90,11 @@ def _record(record: GradedRecord, table: dict[tuple[int, str], int], extent: Ext
         "own": writer_of(record) is not None,
         "teachers": [readers.index(name) for name in record["teachers"]],
         "readers": [
-            {"name": printable(name), **{key: printable(info[key]) for key in ("model", "fingerprint")}}
+            {
+                "name": printable(name),
+                **{key: printable(info[key]) for key in ("model", "fingerprint")},
+                "crossed": info.get("crossed"),
+            }
             for name, info in record["readers"].items()
         ],
         "answers": [
@@ -130,11 +140,40 @@ def _answer(
             ]
             for name in readers
         ],
+        **_crossed(record, answer, index, end, extent),
     }
 
 
-def _row(row: Sequence[tuple[int, float]], width: int) -> str:
-    return digits(len(row), 1) + "".join(digits(index, width) + ALTERNATIVE.pack([value]) for index, value in row)
+def _crossed(
+    record: GradedRecord, answer: GradedAnswer, index: Callable[[int, str], int], end: int, extent: Extent
+) -> dict[str, Any]:
+    """What readers with another tokenizer add, null for the others: a letter for each token (b begins a span, i is
+    inside of one, u is in none); their own tokens of each span; their alternatives where it begins."""
+    made: dict[str, list[Any]] = {"spans": [], "own": [], "own_top": []}
+    for name, info in record["readers"].items():
+        if "crossed" not in info:
+            for column in made.values():
+                column.append(None)
+            continue
+        spans = [tokens for tokens in members(answer, name) if tokens[0] < end]
+        letters = ["u"] * len(answer["ids"])
+        for first, *later in spans:
+            letters[first] = "b"
+            for token in later:
+                letters[token] = "i"
+        texts = record.get("own_texts", {})[name]
+        own, own_top = (answer.get(key, {})[name][: len(spans)] for key in ("own", "own_top"))
+        made["spans"].append("".join(letters[:end]))
+        made["own"].append([[(index(token, piece), q) for token, piece, q in row] for row in own])
+        made["own_top"].append(
+            [[(index(token, texts[str(token)]), q) for token, q in carried(row, extent.top)] for row in own_top]
+        )
+    return made if any(column is not None for column in made["spans"]) else {}
+
+
+def _row(row: Sequence[tuple[int, float | None]], width: int, kind: Number) -> str:
+    shown = row[: len(DIGITS) - 1]
+    return digits(len(shown), 1) + "".join(digits(index, width) + kind.pack([value]) for index, value in shown)
 
 
 def _shortened(shown: str, limit: int | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from opd.journal.graded import GradedAnswer, GradedRecord
@@ -80,7 +80,7 @@ class Room:
         self._size = size
         self._token, self._alternative = least_bytes
         self._lengths = [
-            [Counter(len(carried(row, None)) for rows in a["top"].values() for row in rows) for a in record["answers"]]
+            [Counter(len(carried(row, None)) for row in _rows(answer)) for answer in record["answers"]]
             for record in records
         ]
 
@@ -128,8 +128,14 @@ class Room:
 
 def most_alternatives(records: Sequence[GradedRecord]) -> int:
     """The most that any token of any answer has of one reader."""
-    rows = (row for record in records for a in record["answers"] for rows in a["top"].values() for row in rows)
-    return max(map(len, rows), default=0)
+    return max((len(row) for record in records for answer in record["answers"] for row in _rows(answer)), default=0)
+
+
+def _rows(answer: GradedAnswer) -> Iterator[Sequence[tuple[int, float]]]:
+    """The alternatives of every reader, at every token or span."""
+    for of in (answer["top"], answer.get("own_top", {})):
+        for rows in of.values():
+            yield from rows
 
 
 def left_out(records: Sequence[GradedRecord], extent: Extent) -> list[str]:

@@ -59,6 +59,8 @@ function pane(step, index) {
   shown.setAttribute("aria-label", "Tokens of answer " + answer.id + ": arrow keys move");
   const column = columns(answer);
   const value = values(step, answer);
+  const teacher = data.records[step].teachers[state.teacher];
+  const joined = teacher === undefined ? null : column.spans[teacher];
   const isChosen = (i) => chosen && chosen.step === step && chosen.answer === index && chosen.token === i;
   column.tokens.forEach((token, i) => {
     const piece = data.texts[token];
@@ -68,6 +70,7 @@ function pane(step, index) {
       span.append("#" + data.ids[token]);
     } else span.append(...visible(piece, true));
     if (answer.finish_reason === "stop" && i === answer.length - 1) span.classList.add("t-end");
+    if (joined) dress(span, joined, i, answer.mask[i] === "1", data.records[step].readers[teacher].name);
     span.tabIndex = i === 0 || isChosen(i) ? 0 : -1;
     span.dataset.token = i;
     shown.append(span);
@@ -145,97 +148,6 @@ function choose(place, focus) {
   mark();
 }
 
-// ---- the panel ----
-function verdict(step, value) {
-  if (value === null || value === undefined) return "no number for this token";
-  const size = Math.abs(value);
-  const ratio = Math.exp(size);
-  const times = ratio >= 1000 ? "more than 1,000 times" : (ratio < 10 ? ratio.toFixed(1) : ratio.toFixed(0)) + " times";
-  if (!data.records[step].own) {
-    if (size < data.penalty_edges[0]) return "as expected as the teacher's uncertainty explains";
-    return (value < 0 ? "more" : "less") + " surprising than the teacher's own uncertainty explains";
-  }
-  if (size < data.penalty_edges[0]) return "about as likely to the teacher as to the student";
-  return times + (value < 0 ? " less" : " more") + " likely to the teacher than to the student";
-}
-
-function showPanel(place) {
-  const panel = $("panel");
-  panel.classList.toggle("token-empty", place === null);
-  if (place === null) {
-    panel.replaceChildren(el("p", "note", "Point at a token, tap it, or move with the arrow keys. ", el("kbd", "", "n"),
-      " goes to the worst one."));
-    return;
-  }
-  const { step, token: i } = place;
-  const source = data.records[step];
-  const answer = source.answers[place.answer];
-  const column = columns(answer);
-  const token = column.tokens[i];
-  const counts = answer.mask[i] === "1";
-  const teacher = source.teachers[state.teacher];
-  const value = teacher === undefined ? null : column.penalty[teacher][i];
-  const kl = teacher === undefined || column.kl[teacher] === null ? null : column.kl[teacher][i];
-  const close = el("button", "token-close", "×");
-  close.type = "button";
-  close.setAttribute("aria-label", "Close");
-  close.addEventListener("click", () => choose(null, false));
-  const shown = named(token);
-  shown.classList.add("token-big");
-  const where = ["id " + data.ids[token], "token " + (i + 1) + " of " + answer.length, "turn " + answer.turn];
-  if (data.records.length > 1) where.push(steps[step]);
-  const jumps = el("p", "token-sheet-jump", ...[["‹ previous worst", -1], ["next worst ›", 1]].map(([label, by]) => {
-    const button = el("button", "", label);
-    button.type = "button";
-    button.disabled = rank + by < 0 || rank + by >= ranking().length;
-    button.addEventListener("click", () => jump(by));
-    return button;
-  }));
-  const parts = [close, shown, el("p", "note token-facts", ...where.map((fact) => el("span", "", fact)))];
-  if (!counts) parts.push(el("p", "t-masked token-verdict", "Masked: does not count."));
-  else {
-    const amount = el("b", colour(state.colour === "kl" ? kl : value, true) + " token-amount",
-      state.colour === "kl" ? (kl === null ? "–" : fixed(kl, 3)) : value === null ? "–" : signed(value, 2));
-    const says = state.colour === "kl" ? "nats of KL at this place; the token itself: " : value === null ? "" : "nats: ";
-    parts.push(el("p", "token-verdict", amount, " " + says + verdict(step, value) + "."));
-  }
-  const readers = [...(source.student === null ? [] : [source.student]), ...source.teachers];
-  const table = el("table", "token-readers", el("tr", "", el("th", ""), el("th", "number", "log-prob"),
-    el("th", "number", "probability"), el("th", "number", "entropy")));
-  for (const reader of readers) {
-    const logprob = column.logprobs[reader][i];
-    const entropy = column.entropy[reader][i];
-    table.append(el("tr", reader === teacher || reader === source.student ? "" : "token-other",
-      el("td", "", source.readers[reader].name), el("td", "number", logprob === null ? "–" : fixed(logprob, 3)),
-      el("td", "number", logprob === null ? "–" : percent(logprob)),
-      el("td", "number", entropy === null ? "–" : fixed(entropy, 2))));
-  }
-  parts.push(table);
-  const rows = el("dl", "facts");
-  if (state.colour === "kl" && value !== null) rows.append(el("dt", "", "penalty"), el("dd", "", signed(value, 3)));
-  if (state.colour !== "kl" && kl !== null) rows.append(el("dt", "", "KL(student || teacher)"), el("dd", "", fixed(kl, 4)));
-  if (rows.children.length) parts.push(rows);
-  const beside = (source.student === null ? [] : [source.student]).concat(teacher === undefined ? [] : [teacher]);
-  const lists = beside.filter((reader) => column.top[reader][i].length);
-  if (lists.length) parts.push(el("div", "token-tops", ...lists.map((reader) =>
-    bars(source.readers[reader].name, column.top[reader][i], token, column.logprobs[reader][i]))));
-  parts.push(jumps);
-  panel.replaceChildren(...parts);
-}
-
-function bars(name, row, token, logprob) {
-  const list = el("ol", "");
-  const entry = (index, value, className) => {
-    const bar = svg("svg", { class: "token-bar", "aria-hidden": "true" },
-      svg("rect", { width: (100 * Math.exp(value)).toFixed(2) + "%", height: "100%" }));
-    list.append(el("li", className, named(index), el("span", "number", percent(value)), bar));
-  };
-  const same = (index) => data.ids[index] === data.ids[token];
-  for (const [index, value] of row) entry(index, value, same(index) ? "t-written" : "");
-  if (logprob !== null && !row.some(([index]) => same(index))) entry(token, logprob, "t-written t-below");
-  return el("div", "", el("h3", "", name), list);
-}
-
 // ---- the worst ----
 let worst = null;
 function ranking() {
@@ -244,8 +156,9 @@ function ranking() {
     worst = [];
     record().answers.forEach((answer, index) => {
       if (!inDomain(answer) || ($("only").checked && index !== state.answer)) return;
+      const joined = columns(answer).spans[record().teachers[state.teacher]] || null;
       values(state.step, answer).forEach((value, token) => {
-        if (value !== null) worst.push([sign * value, index, token]);
+        if (value !== null && !isLater(joined, token)) worst.push([sign * value, index, token]);
       });
     });
     worst.sort((a, b) => a[0] - b[0] || a[1] - b[1] || a[2] - b[2]);
@@ -295,7 +208,9 @@ function fillAll() {
   const domains = [...new Set(source.answers.map((answer) => answer.domain))].sort();
   if (!domains.includes(state.domain)) state.domain = null;
   state.teacher = Math.min(state.teacher, Math.max(0, source.teachers.length - 1));
-  if (source.student === null) state.colour = "penalty";
+  const asked = source.readers[source.teachers[state.teacher]];
+  const alike = source.student !== null && !(asked && asked.crossed); // KL is over one vocabulary
+  if (!alike) state.colour = "penalty";
   fill($("step"), data.records.map((one, i) => [i, steps[i]]).filter(([i]) => data.records[i].answers.length), state.step);
   fill($("beside"), [[null, "nothing"], ...steps.map((label, i) => [i, label])], state.beside);
   if (data.records.length < 2) $("beside").parentNode.hidden = true;
@@ -303,7 +218,7 @@ function fillAll() {
   fill($("domain"), domains.length < 2 ? [] : [["all", "all"], ...domains.map((name) => ["=" + name, name || "(none)"])],
     state.domain === null ? "all" : "=" + state.domain);
   $("colour").value = state.colour;
-  $("colour").parentNode.hidden = source.student === null;
+  $("colour").parentNode.hidden = !alike;
   fillAnswers();
 }
 

@@ -9,7 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from opd.journal.graded import GradedAnswer, GradedRecord, penalty, writer_of
+from opd.journal.graded import GradedAnswer, GradedRecord, members, penalty, writer_of
+from opd.reports.crossed import said
 from opd.reports.figures import counted
 from opd.reports.page.base import asset, attribute, json_for_html, page, text
 from opd.reports.page.token_columns import LEAST_BYTES, columns
@@ -20,7 +21,8 @@ PENALTY_EDGES = (0.1, 0.3, 0.7, 1.5, 3.0, 6.0)
 KL_EDGES = (0.02, 0.05, 0.15, 0.4, 1.0, 2.5)
 
 PAGE_BUDGET = 5_000_000  # a page of its own may be large; a browser still opens it at once
-_SCRIPTS = ("token_parts.js", "token_columns.js", "token_charts.js", "tokens.js")
+_SCRIPTS = ("token_parts.js", "token_columns.js", "token_spans.js", "token_panel.js", "token_charts.js", "tokens.js")
+ASSETS = ("tokens.css", *_SCRIPTS)
 STATIC_TOKENS = 250  # tokens shown without scripts
 
 
@@ -77,7 +79,11 @@ def _parts(records: Sequence[GradedRecord], extent: Extent) -> tuple[str, dict[s
 
 def _body(records: Sequence[GradedRecord], extent: Extent) -> str:
     parts = ['<section class="token-view" id="token-view">', "<h2>Token view</h2>"]
-    parts.append(_legend(with_student=not records or writer_of(records[-1]) is not None))
+    crossed = (
+        {name: info["crossed"] for name, info in records[-1]["readers"].items() if "crossed" in info} if records else {}
+    )
+    parts.append(_legend(with_student=not records or writer_of(records[-1]) is not None, with_spans=bool(crossed)))
+    parts += [f'<p class="note token-crossed">{text(said(name, of))}</p>' for name, of in crossed.items()]
     if phrases := left_out(records, extent):
         parts.append(
             f'<p class="note">To keep this page small, {"; ".join(phrases)}. The JSON file has everything.</p>'
@@ -92,7 +98,7 @@ def _body(records: Sequence[GradedRecord], extent: Extent) -> str:
     return "\n".join(parts)
 
 
-def _legend(*, with_student: bool) -> str:
+def _legend(*, with_student: bool, with_spans: bool) -> str:
     if with_student:
         how = (
             "<b>Orange</b>: the teacher likes this token less than the student did, here it would have written "
@@ -129,11 +135,21 @@ def _legend(*, with_student: bool) -> str:
                 [zero, *kl],
                 "KL(student || teacher) in nats, over the whole vocabulary. Each colour starts at its number.",
             ),
-            '</div><p class="note token-marks"><span class="t-masked">hatched</span> masked, does not count '
+            "</div>",
+            *([_SPANS] if with_spans else []),
+            '<p class="note token-marks"><span class="t-masked">hatched</span> masked, does not count '
             '<span class="t-0 t-end">framed</span> end of the answer '
             '<span class="t-0 t-part">#7</span> part of a character <span class="t-mark">↵</span> line break</p>',
         ]
     )
+
+
+_SPANS = (
+    '<p class="note token-marks"><span class="t-0 t-join t-join-first">to</span><span class="t-0 t-join">geth</span>'
+    '<span class="t-0 t-join t-join-last">er</span> one span, which the teacher reads in tokens of its own: its number '
+    'is shared equally <span class="t-0 t-split">split</span> one token here, several of the teacher&#39;s '
+    '<span class="t-unmapped">dotted</span> the teacher reads nothing here, or something else: no number</p>'
+)
 
 
 def _scale(how: str, ends: tuple[str, str], colours: Sequence[str], unit: str) -> str:
@@ -144,10 +160,12 @@ def _scale(how: str, ends: tuple[str, str], colours: Sequence[str], unit: str) -
     )
 
 
-def colour_class(value: float | None, counts: int) -> str:
-    """The style of a token whose penalty is `value`; `counts` is its mask."""
+def colour_class(value: float | None, counts: int, *, unmapped: bool = False) -> str:
+    """The style of a token whose penalty is `value`; `counts` is its mask. unmapped: it is in no span."""
     if not counts:
         return "t-masked"
+    if unmapped:
+        return "t-unmapped"
     if value is None:
         return "t-0"
     level = bisect_right(PENALTY_EDGES, round(abs(value), 3))  # as tokens.js has it
@@ -172,19 +190,37 @@ def _static(record: GradedRecord, extent: Extent) -> str:
 
 
 def _spans(record: GradedRecord, answer: GradedAnswer, shown: int) -> str:
-    values = penalty(answer, record["teachers"][0], writer_of(record))
+    teacher = record["teachers"][0]
+    values, joins = penalty(answer, teacher, writer_of(record)), _joins(answer, teacher)
     spans = []
     for i in range(shown):
         value, piece, token = values[i], answer["pieces"][i], answer["ids"][i]
-        styles = colour_class(value, answer["mask"][i])
+        join = joins[i] if joins else ""
+        styles = colour_class(value, answer["mask"][i], unmapped=join is None) + (join or "")
         if not piece:
             styles += " t-part"
         if i == len(answer["ids"]) - 1 and answer["finish_reason"] == "stop":
             styles += " t-end"
         told = f"id {token}" if value is None else f"{value:+.2f} nats, id {token}"
+        if join is None:
+            told = f"{teacher} reads nothing here, or something else; id {token}"
         shows = text(piece, lines=True).replace("\n", "↵\n") or f"#{token}"
         spans.append(f"<span class={attribute(styles)} title={attribute(told)}>{shows}</span>")
     return "".join(spans)
+
+
+def _joins(answer: GradedAnswer, teacher: str) -> list[str | None]:
+    """How each token stands in its span, as a style (token_spans.js), None in none; nothing of one tokenizer."""
+    if teacher not in answer.get("spans", {}):
+        return []
+    made: list[str | None] = [None] * len(answer["ids"])
+    for tokens, own in zip(members(answer, teacher), answer.get("own", {})[teacher], strict=True):
+        for token in tokens:
+            made[token] = " t-join" if len(tokens) > 1 else " t-split" if len(own) > 1 else ""
+        if len(tokens) > 1:
+            made[tokens[0]] = " t-join t-join-first"
+            made[tokens[-1]] = " t-join t-join-last"
+    return made
 
 
 # Filled by tokens.js.

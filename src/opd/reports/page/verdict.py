@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opd.journal.records import gap_closed
+from opd.reports.crossed import joined
 from opd.reports.figures import closed, counted, percent
 from opd.reports.page.answers import clip
 from opd.reports.page.base import text
@@ -113,7 +114,7 @@ def _ending(run: RunData) -> str:
 
 
 def _warnings(run: RunData) -> list[str]:
-    made = [*_teacher(run)]
+    made = [*_teacher(run), *(one.warning for one in joined(run) if one.warning is not None)]
     if skipped := [row["step"] for row in run.metrics if row.get("applied") is False]:
         made.append(
             f"{counted(len(skipped), 'step')} changed nothing, because loss or gradient was not finite: {_few(skipped)}"
