@@ -139,6 +139,15 @@ ROWS: tuple[Row, ...] = (
         sequence(d.reverse_kl),
         teacher,
     ),
+    Row(
+        "span",
+        "KL(p ‖ q) of drawn spans, here tokens",
+        WHOLE_REVERSE,
+        local(d.reverse_kl),
+        sequence(d.reverse_kl),
+        teacher,
+    ),
+    Row("gold", "JSD(0.5) at ends of spans, here tokens", "E_p(y) Σ JSD(0.5)", local(JSD), sequence(JSD), teacher),
     Row("opsd", "JSD(0.5)", "E_p(y) Σ JSD(0.5)", local(JSD), sequence(JSD), teacher),
     Row(
         "sdft",

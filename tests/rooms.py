@@ -18,8 +18,8 @@ from opd.objectives.objective import Objective
 from opd.rollouts.engine import EmbeddedEngine
 from opd.teachers.local import LocalTeacher
 from opd.teachers.panel import Panel
-from opd.text.agreement import compare
 from opd.text.contexts import PromptContext
+from opd.text.crossing import agree
 from opd.text.formats import Format, PromptFormat
 from opd.text.tokenizer import Tokenizer
 from opd.types import Prompt, Rollout, Row, SamplingParams
@@ -90,7 +90,7 @@ def teacher(
     name: str = "teacher",
     share_prompts: bool = True,
 ) -> LocalTeacher:
-    agreement = compare(student_fmt or fmt, fmt)
+    agreement = agree(student_fmt or fmt, fmt)
     return LocalTeacher(
         model,
         fmt,

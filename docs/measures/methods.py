@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from opd.config.alignments import ALM, Alignment, Gold, Span
 from opd.config.behaviours import Behaviour, Cached, Mixture, Speculative, TeacherMixed, TeacherWrites
 from opd.config.objective import DataTerm, DivergenceTerm, OutcomeTerm, Term
 from opd.config.presets import METHODS, Method, Preset, expand
@@ -109,7 +110,8 @@ def _slots(term: Term, preset: Preset) -> tuple[str, str, str, str, str]:
             return NOTHING, f"{size}{term.advantage} advantage of the reward", "drawn token", "whole answer", weights
     assert isinstance(term, DivergenceTerm)
     target = _target(term.target, preset.scorers)
-    return target, size + _shape(term.shape), _support(term.support), _credit(term.credit), weights
+    support = _support(term.support) + _alignment(term.alignment)
+    return target, size + _shape(term.shape), support, _credit(term.credit), weights
 
 
 def _number(value: float | Schedule) -> str:
@@ -187,6 +189,18 @@ def _support(support: Support) -> str:
         "intersection": "both's top",
     }
     return f"{kind[support.kind]} {support.k}, {support.tail.replace('_', ' ')}"
+
+
+def _alignment(alignment: Alignment) -> str:
+    match alignment:
+        case Span():
+            return ", of spans"
+        case Gold():
+            by = "all by rank" if alignment.sort == "all" else "what is not shared by rank"
+            return f", at the ends of spans, {by}"
+        case ALM():
+            return f", of spans, root {alignment.tau:g}"
+    return ""
 
 
 def _credit(credit: Credit) -> str:

@@ -36,6 +36,8 @@ COLUMNS = {  # what rows hold besides their prompt, and what another person migh
 }
 # Methods that learn from nobody else: there is nothing to exchange but the student.
 ALONE = {"self_sft", "no_teacher", "grpo"}
+# Another setting of a slot that `gold` and `lsm` have as well.
+SLOW = {"uld", "shared_top_k"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::opd.config.checks.ConfigWarning")
 
@@ -102,7 +104,7 @@ def exchanges(name: str, config: Config) -> list[list[str]]:
     return [[f"prompts.sources.{i}.path={source}_other.jsonl" for i, source in enumerate(names)]]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in ALL])
 def test_O_19_every_preset_trains_and_what_it_learns_from_is_in_the_weights(
     name: str, world: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd.cli import main as cli
 from opd.journal.reader import read_evals, read_metrics, read_rollouts, read_summary
 from tests import tiny
+from tests.wiring import foreign_models
 
 
 def opd(*items: str) -> int:
@@ -189,18 +190,57 @@ def test_malformed_data_names_file_and_line(world: Path, tmp_path: Path, capsys)
     assert f"{data}:2" in refused(capsys, "train", *recipe(world, tmp_path, prompts__sources=sources))
 
 
-@pytest.mark.usefixtures("no_weights")
-def test_A_02_A_12_different_tokenizers_are_refused_and_said(world: Path, tmp_path: Path, capsys) -> None:
-    """Same size, two ids exchanged."""
-    tiny.save(tmp_path / "teacher", "llama", seed=1)
+def test_A_02_A_12_a_tokenizer_of_equal_size_with_other_ids_is_told_and_never_read_by_id(
+    world: Path, tmp_path: Path, capsys
+) -> None:
+    """Two ids exchanged: the teacher's text is the student's, so the run starts, says it, and learns."""
+    tiny.save(tmp_path / "teacher", "llama", seed=1, scale=10.0)
     path = tmp_path / "teacher" / "tokenizer.json"
     words = json.loads(path.read_text())
     vocab = words["model"]["vocab"]
     a, b = "Ġthe" if "Ġthe" in vocab else "th", "an" if "an" in vocab else "a"
     vocab[a], vocab[b] = vocab[b], vocab[a]
     path.write_text(json.dumps(words))
-    message = refused(capsys, "train", *recipe(world, tmp_path, teacher__model=tmp_path / "teacher"))
-    assert "different tokenizers" in message
+    items = recipe(world, tmp_path, teacher__model=tmp_path / "teacher", run__steps=1)
+    assert opd("train", *items) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "teacher has another tokenizer, of 300 tokens: 300 are also among the student's 300" in printed
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["applied"] and 0 < line["scorer/teacher/same"] <= line["scorer/teacher/coverage"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"), [pytest.param("unigram", "gold", marks=pytest.mark.slow), ("wordpiece", "span")]
+)
+def test_A_12_another_tokenizer_is_told_shown_and_learnt_from(
+    world: Path, tmp_path: Path, capsys, family: str, preset: str
+) -> None:
+    foreign_models.save(tmp_path / "teacher", family, scale=10.0)
+    items = recipe(world, tmp_path, teacher__model=tmp_path / "teacher", objective__preset=preset, run__steps=1)
+    assert opd("train", *items) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "teacher has another tokenizer",
+        "are in spans of both",
+        "for example (the student's tokens=its own)",
+    ):
+        assert words in said
+    (line,) = read_metrics(tmp_path / "run")
+    assert line["applied"] and 0 < line["scorer/teacher/coverage"] <= 1
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (world / "student", tmp_path / "run" / "final")
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_A_12_what_another_tokenizer_cannot_do_is_refused_before_weights_are_loaded(
+    world: Path, tmp_path: Path, capsys
+) -> None:
+    foreign_models.save(tmp_path / "teacher", "unigram")
+    items = recipe(world, tmp_path, teacher__model=tmp_path / "teacher", objective__preset="minillm")
+    message = refused(capsys, "train", *items)
+    assert "objective.behaviour: teacher has another tokenizer" in message
 
 
 def test_A_01_padded_vocabularies_of_one_tokenizer_are_fine(world: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from opd.config.alignments import Alignment
 from opd.config.behaviours import BehaviourKind
 from opd.config.loading import load_config
 from opd.config.objective import DivergenceTerm, Objective, OutcomeTerm, Reduction
@@ -127,6 +128,7 @@ def test_the_slots_are_shown_in_full() -> None:
     assert shown["shape"] == set(FORMULAS)
     assert shown["support"] == kinds(Support)
     assert tails == {"bucket", "sampled_correction", "renormalise", "drop"}
+    assert shown["alignment"] == kinds(Alignment)
     assert shown["importance"] == kinds(Weighting)
     assert shown["reduction"] == set(get_args(Reduction))
     assert shown["advantage"] == set(get_args(OutcomeTerm.model_fields["advantage"].annotation))

@@ -174,6 +174,9 @@ class Failing:
     def __init__(self, inner, lost: set[str]) -> None:
         self.inner, self.lost = inner, lost
 
+    def spans(self):
+        return {}
+
     def prepare(self, wants):
         return 0
 

@@ -121,6 +121,9 @@ def test_X_01_a_teacher_that_fails_on_some_answers_leaves_the_others_as_they_are
         def __init__(self, inner):
             self.inner = inner
 
+        def spans(self):
+            return {}
+
         def prepare(self, wants):
             return 0
 

@@ -154,7 +154,7 @@ def test_a_repeated_row_differs_in_its_id_only():
 # ---- what is left out -----------------------------------------------------------------------------------------------
 
 
-def test_over_long_prompts_are_dropped_and_counted():
+def test_A_18_over_long_prompts_are_dropped_whole_and_counted():
     made = stream([(rows("a", 10), 1), (rows("b", 3), 1)], max_prompt_tokens=4, per_step=8)
     assert made.dropped == {"a": 6, "b": 0}
     assert len(made) == 7 and made.longest == 4

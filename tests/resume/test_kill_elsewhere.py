@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd.journal.reader import read_events, read_metrics, read_summary
-from tests import tiny
+from tests import crossing, tiny
 from tests.resume.killed import assert_same, opd, record
 from tests.resume.runs import arguments
 
@@ -22,8 +22,10 @@ KINDS = {
     "gradient checkpointing": {"student__gradient_checkpointing": "true"},
     "bfloat16": {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16"},
     "fewer prompts than a step asks": {"prompts__sources": "short"},
+    "a teacher with other tokens": {"teacher__model": "unigram", "objective__preset": "gold"},
 }
 SLOW = ("qlora", "gpt2", "gradient checkpointing", "bfloat16", "fewer prompts than a step asks")
+SLOW += ("a teacher with other tokens",)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in KINDS])
@@ -34,6 +36,8 @@ def test_R_1_a_killed_run_of_another_kind_goes_on_bit_for_bit(world: Path, tmp_p
         pytest.importorskip("peft")
     if "student__model" in changes:
         changes["student__model"] = tiny.save(tmp_path / "student", changes["student__model"])
+    if "teacher__model" in changes:
+        changes["teacher__model"] = crossing.save(tmp_path / "teacher", changes["teacher__model"], seed=1)
     if "prompts__sources" in changes:
         changes["prompts__sources"] = f'[{{"kind": "jsonl", "path": "{world}/prompts.jsonl", "limit": 3}}]'
     code, total = opd(*arguments(world, tmp_path / "whole", **changes), phase="update")

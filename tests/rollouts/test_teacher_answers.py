@@ -1,13 +1,18 @@
 """SeqKD: a scorer writes in its own ids behind its own prompts; the student's ids and prompts stand in the rollouts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from opd.errors import ModelError
 from opd.protocols import Sampler
+from opd.rollouts.engine import EmbeddedEngine
+from opd.rollouts.scorer import as_read
 from opd.rollouts.teacher_answers import TeacherAnswers
 from opd.types import SamplingParams
+from tests import crossing, rooms
 from tests.rollouts.reference import causal, distribution, logits, prompts
 from tests.rollouts.scorers import Scorer, scorer_for
 
@@ -70,3 +75,40 @@ def test_a_broken_scorer_is_named_and_leaves_the_device():
     with pytest.warns(RuntimeWarning), pytest.raises(ModelError, match="the scorer big's logits are not finite"):
         sampler.generate(asked, SamplingParams(max_tokens=2), tag="t")
     assert scorer.log == ["fetch", "release"]
+
+
+@pytest.mark.parametrize("family", ["unigram", "byte_bpe_digits"])
+def test_A_13_what_a_scorer_with_other_tokens_wrote_is_the_same_text_in_the_students(family):
+    """Ends become the student's, lengths are counted in its tokens, and nobody sampled them."""
+    student, theirs = crossing.fmt("byte_bpe"), crossing.fmt(family)
+    scorer = rooms.teacher(crossing.model(theirs, seed=3), theirs, student)
+    end = theirs.end_ids[0]
+    with torch.no_grad():
+        scorer.model.module.get_output_embeddings().weight[end] *= 3
+    asked = rooms.prompts(student)
+    params = SamplingParams(max_tokens=14, samples_per_prompt=6, stop_ids=student.end_ids)
+    sampler = _sampler(scorer)
+    sampler.load(_Weights())
+    made = sampler.generate(asked, params, tag="t")
+    raw = _raw(scorer, asked, params)
+    assert {r.finish_reason for r in made} == {"stop", "length"} and len(made) == len(raw)
+    seen = set()
+    for rollout, wrote in zip(made, raw, strict=True):
+        T, whole = len(rollout.response_ids), student.tokenizer.decode(rollout.response_ids)
+        assert rollout.id == wrote.id and rollout.prompt is next(p for p in asked if p.id == rollout.prompt.id)
+        assert np.isnan(rollout.behaviour_logprobs).all() and rollout.behaviour_logprobs.shape == (T,)
+        assert rollout.mask.all() and rollout.mask.shape == (T,) and rollout.turns == ((0, T),) and T <= 14
+        assert (rollout.behaviour, rollout.policy_version, rollout.sampling) == ("teacher", 7, params)
+        ended = rollout.finish_reason == "stop"
+        assert ended == bool(T and rollout.response_ids[-1] == student.end_ids[0])
+        seen.add((ended, wrote.finish_reason))
+        text = theirs.tokenizer.decode(wrote.response_ids)
+        if ended and "\ufffd" not in text:
+            assert whole.strip() == text.strip()
+    assert (True, "stop") in seen and (False, "length") in seen and (True, "length") not in seen
+
+
+def _raw(scorer, asked, params):
+    """The same answers as the scorer itself drew them."""
+    engine = EmbeddedEngine(scorer.model, seed=1, slots=5, path="auto")
+    return engine.generate(as_read(asked, scorer), replace(params, stop_ids=scorer.format.end_ids), tag="t")

@@ -117,6 +117,9 @@ def test_X_01_scores_that_fail_at_other_places_in_every_pass_are_all_left_out(pa
         def __init__(self) -> None:
             self.passes = 0
 
+        def spans(self):
+            return {}
+
         def prepare(self, wants):
             return 0
 

@@ -138,8 +138,10 @@ def test_shared_vocabulary_keeps_text_and_control_tokens_apart():
     own = fmt().tokenizer.id(word)
     taken = crossing(fmt(), added("unigram", word, special=True))  # it is never text there
     assert taken.teacher_of_V[own] not in taken.teacher_fmt.guard.control_ids
-    named = crossing(fmt("unigram"), added("byte_bpe", "<unk>"))
-    assert named.teacher_of_V[named.student_fmt.tokenizer.hf.unk_token_id] == -1
+    for pair in ((fmt("unigram"), added("byte_bpe", "<unk>")), (added("byte_bpe", "<unk>"), fmt("unigram"))):
+        named = crossing(*pair)  # an unknown token is no text, whatever it is called
+        unknown = next(n for n, name in named.student_fmt.tokenizer.tokens.items() if name == "<unk>")
+        assert named.teacher_of_V[unknown] == -1
 
 
 # ---- what is read ---------------------------------------------------------------------------------------------------
@@ -181,12 +183,13 @@ def test_A_13_any_byte_beside_any_control_token():
 
 def test_A_13_ids_that_no_encoder_gives_are_read_as_their_text():
     found = to_unigram()
-    letters = [found.student_fmt.tokenizer.id(letter) for letter in "again"]
-    merged = found.student_fmt.tokenizer.encode(" again")[-1:]
-    for ids in (letters, merged):
+    encode = found.student_fmt.tokenizer.encode
+    letters = [n for letter in "again" for n in encode(letter)]
+    assert letters != encode("again")
+    for ids, text in ((letters, "again"), (encode(" again"), " again"), ([*encode(" "), *letters], " again")):
         _, seen = read(found, ids, ended=False)
-        assert found.student_fmt.tokenizer.show(ids).strip() == found.teacher_fmt.tokenizer.show(seen.ids).strip()
-        assert (seen.spans.span_T >= 0).all()
+        assert seen.ids.tolist() == found.teacher_fmt.answer_ids(QUESTION, text).tolist()
+        assert (seen.spans.span_T >= 0).all() and len(seen.spans.span_T) == len(ids)
 
 
 @pytest.mark.parametrize("family", ["byte_bpe", "wordpiece"])
@@ -427,6 +430,18 @@ def test_the_end_of_a_prompt_is_enough_to_read_an_answer_behind_it(asked, said):
         assert len(lead.ids) < len(whole.ids)
         assert made.behind(lead, said).ids.tolist() == made.behind(whole, said).ids.tolist()
         assert made.behind(lead, said).offsets.tolist() == made.behind(whole, said).offsets.tolist()
+
+
+def test_an_answer_is_read_by_itself_where_a_token_would_reach_into_the_prompt():
+    plain = fmt(chat=False)
+    encode = plain.tokenizer.encode
+    assert encode("see the quick")[: len(encode("see th"))] != encode("see th")
+    assert plain.answer_ids(row("see th"), "e quick").tolist() == encode("e quick")
+    assert plain.answer_ids(row("see "), "the quick").tolist() == encode("the quick")
+    assert plain.answer_ids(row("see"), " the quick").tolist() == encode(" the quick")
+    found = crossing(fmt("unigram"), plain)
+    _, seen = read(found, "e quick", asked=row("see th"))
+    assert seen.ids[:-1].tolist() == encode("e quick") and (seen.spans.span_T >= 0).all()
 
 
 def test_reading_again_gives_the_same_and_another_prompt_another():

@@ -45,6 +45,7 @@ def training_memory(
     whole: Collection[str] | None = None,
     products: int = 0,
     one_batch: bool = False,
+    foreign: Mapping[str, tuple[int, float]] | None = None,
 ) -> dict[str, int]:
     """Bytes by part when sampler, scorers and learner stand on one device; `need` is their peak. Order is stable.
 
@@ -63,13 +64,17 @@ def training_memory(
     products        on a host: matrix products of different shapes (`products_on_host`).
     one_batch       a step is one micro-batch: gradients of the layers come while their activations go, and only the
                     head's are there with all of them.
+    foreign         scorers with another tokenizer: the tokens of their vocabulary, and how many of theirs one of the
+                    student's is.
     """
+    foreign = foreign or {}
     width, sampled = BYTES[student_dtype], BYTES[sampler_dtype or student_dtype]
     quantised = adapter is not None and student_weights in ("int8", "int4")  # the model writes with its own forward
     copied = (on_host or sampled != width) and not quantised
     multiplied = student.parameters - student.tables + student.vocab * student.hidden
-    tiles = len([name for name in (*scorers, *copies) if whole is None or name in whole])
     tile = max(chunk_tokens, _NUMBERS_HOST // student.vocab) if on_host else chunk_tokens
+    read = [name for name in (*scorers, *copies) if whole is None or name in whole]
+    entries = sum(foreign[name][0] if name in foreign else student.vocab for name in read)
     who, trained = ("student", student.parameters) if adapter is None else ("adapter", adapter)
     parts: dict[str, float] = {
         f"{who}_master_weights": 4 * trained,
@@ -80,7 +85,7 @@ def training_memory(
         "kv_cache": slots * max_len * student.attention_layers * student.kv_width * (4 if on_host else sampled),
         "activations": tokens_per_micro_batch
         * activation_bytes_per_token(student, width, gradient_checkpointing=gradient_checkpointing),
-        "logits_chunk": 4 * student.vocab * (tile + tiles * (min(tile, _SCORER_TOKENS_HOST) if on_host else tile)),
+        "logits_chunk": 4 * (student.vocab * tile + entries * (min(tile, _SCORER_TOKENS_HOST) if on_host else tile)),
     }
     if one_batch and adapter is None:
         parts["student_gradients"] = 4 * min(student.vocab * student.hidden, trained)
@@ -101,7 +106,8 @@ def training_memory(
         compute = max(BYTES[dtype], 2.0)  # quantised weights are multiplied in 16 bits
         parts[f"{name}_weights"] = _stored(size, dtype, compute)
         # A forward pass without gradients holds one layer, and hands over its last hidden states.
-        parts[f"{name}_activations"] = tokens_per_micro_batch * (_layer(size, compute) + size.hidden * compute)
+        tokens = tokens_per_micro_batch * max(foreign[name][1] if name in foreign else 1.0, 1.0)
+        parts[f"{name}_activations"] = tokens * (_layer(size, compute) + size.hidden * compute)
     for name in copies:
         parts[f"{name}_weights"] = 4 * trained
         parts[f"{name}_activations"] = tokens_per_micro_batch * (_layer(student, width) + student.hidden * width)

@@ -15,7 +15,7 @@ from opd.config.schema import Learner as LearnerSpec
 from opd.config.schema import Optim
 from opd.errors import ModelError, NothingToTrain, TrainingDiverged
 from opd.learner.diagnostics import Diagnostics
-from opd.learner.evidence import Findings, Invalid, merge
+from opd.learner.evidence import Findings, Invalid, coverage, merge
 from opd.learner.optim import learning_rate, make_optimizer
 from opd.learner.tally import Tally
 from opd.models.answer_states import answer_states, can_share
@@ -168,22 +168,24 @@ class LocalLearner:
     ) -> tuple[dict[str, float], Tally]:
         """Gradient of the whole step. Evidence turns out invalid only when it is pulled; then denominators were wrong,
         and the pass is made again with these tokens masked from the start. Out of memory, it is made again with
-        smaller micro-batches: the same gradient."""
+        smaller micro-batches: the same gradient. What a scorer cannot be asked because it reads other tokens is known
+        beforehand, and costs no pass."""
         wants = self.objective.wants(rollouts_N)
+        spans = {} if evidence is None else evidence.spans()
         named = 0 if evidence is None else evidence.prepare(wants)
         invalid: Invalid = {}
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             tally = Tally(Diagnostics() if diagnostics else None)
-            found = Findings()
+            found = Findings(spans)
             full: str | None = None
-            whole = self.objective.plan(self.step, rollouts_N, invalid)
+            whole = self.objective.plan(self.step, rollouts_N, invalid, spans=spans)
             try:
                 if self.objective.looks == "step":
-                    look = _Pass(evidence, wants, whole, proximal, tally, Findings(), named)
+                    look = _Pass(evidence, wants, whole, proximal, tally, Findings(spans), named)
                     looks = self._look_at_step(rollouts_N, look)
                     merge(look.found.read(), invalid)
-                    whole = self.objective.plan(self.step, rollouts_N, invalid, looks)
+                    whole = self.objective.plan(self.step, rollouts_N, invalid, looks, spans)
                 made = _Pass(evidence, wants, whole, proximal, tally, found, named)
                 groups = self._groups(rollouts_N)
                 if tally.diagnostics is not None:
@@ -200,7 +202,7 @@ class LocalLearner:
             if not merge(found.read(), invalid):
                 if tally.diagnostics is not None:
                     tally.diagnostics.noise.end(self._trained())
-                return tally.metrics(rollouts_N, whole, invalid), tally
+                return tally.metrics(rollouts_N, whole, invalid) | coverage(rollouts_N, wants, spans), tally
 
     def _take_less(self, rollouts_N: Sequence[Rollout], said: str) -> None:
         """Halves micro-batches, and then tiles, until a single short tile of the longest answer does not fit."""

@@ -91,6 +91,7 @@ class Tally:
                                         the trained tokens that it read
         scorer/NAME/spread              standard deviation of that log-probability
         scorer/NAME/invalid             tokens about which it said nothing usable
+                                        (of scorers with another tokenizer more in `learner.evidence.coverage`)
         trained_tokens, masked_tokens   trained by any term, and the others
         policy_gap, policy_gap_max      |log p now - log p when drawn| of the student's own tokens: 0 when on-policy
                                         and drawn from the whole distribution at the objective's temperature

@@ -14,7 +14,7 @@ from opd.loop.answers import answer_metrics
 from opd.loop.mismatch import mismatch_metrics
 from opd.loop.rewards import AnswerRewards, reward_metrics
 from opd.protocols import EvidenceHandle, Learner, Sampler, Teacher
-from opd.types import Batch, Behaviour, Prompt, Rollout, SamplingParams, ScorerRows, StepReport, Want
+from opd.types import Batch, Behaviour, Prompt, Rollout, SamplingParams, ScorerRows, Spans, StepReport, Want
 
 
 class PromptSource(Protocol):
@@ -149,6 +149,10 @@ class _Timed:
 
     handle: EvidenceHandle
     ledger: Ledger
+
+    def spans(self) -> Mapping[str, Mapping[str, Spans]]:
+        with self.ledger.seconds("scoring"):
+            return self.handle.spans()
 
     def prepare(self, wants: Mapping[str, Want]) -> int:
         return self.handle.prepare(wants)

@@ -14,6 +14,7 @@ from opd.rollouts.engine import EmbeddedEngine
 from opd.rollouts.pair import PairDecoder, PromptPair
 from opd.rollouts.scorer import WritingScorer, as_read, fetched
 from opd.rollouts.writing import write
+from opd.text.agreement import Agreement
 from opd.types import Prompt, Rollout, SamplingParams
 
 
@@ -57,6 +58,7 @@ class MixedAnswers:
         if not prompts_P:
             return []
         student, scorer, engine = self._engine.decoding, self._scorer, self._engine
+        assert isinstance(scorer.agreement, Agreement), "two models draw one token together: theirs must be the same"
         theirs_P = as_read(prompts_P, scorer)
         plain = SamplingParams(  # the law is drawn from as it is: temperature and cuts are in it
             max_tokens=params.max_tokens, stop_ids=params.stop_ids, samples_per_prompt=params.samples_per_prompt

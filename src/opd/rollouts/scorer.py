@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from opd.models.causal import CausalLM
 from opd.text.agreement import Agreement
+from opd.text.crossing import Crossing
 from opd.text.formats import PromptFormat
 from opd.types import Prompt
 
@@ -17,9 +18,10 @@ from opd.types import Prompt
 class WritingScorer(Protocol):
     """A scorer whose model is here; `LocalTeacher` is one.
 
-    model         read only between `fetch` and `release`; over the student's vocabulary.
+    model         read only between `fetch` and `release`; over the student's vocabulary, or with another tokenizer over
+                  its own.
     format        how it reads a row.
-    agreement     how its ids are exchanged for the student's.
+    agreement     how its ids, or its text, become the student's.
     temperature   of its own distribution.
     """
 
@@ -33,7 +35,7 @@ class WritingScorer(Protocol):
     def format(self) -> PromptFormat: ...
 
     @property
-    def agreement(self) -> Agreement: ...
+    def agreement(self) -> Agreement | Crossing: ...
 
     def fetch(self) -> None: ...
 
@@ -51,8 +53,9 @@ def fetched(scorer: WritingScorer) -> Iterator[CausalLM]:
     """The scorer's model on its device, for a while."""
     scorer.fetch()
     try:
-        model = scorer.model
-        assert model.vocab_size == scorer.agreement.vocab_size, "a scorer that knows other tokens could draw one"
+        model, agreement = scorer.model, scorer.agreement
+        known = agreement.vocab_size if isinstance(agreement, Agreement) else scorer.format.tokenizer.vocab_size
+        assert model.vocab_size == known, "a scorer that knows other tokens could draw one"
         yield model
     finally:
         scorer.release()

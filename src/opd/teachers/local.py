@@ -1,29 +1,32 @@
 """A scorer in this process: a frozen model that reads answers, response positions only.
 
 It reads the prompt in its own format and context, and the answer's own ids, with end tokens exchanged where the two
-formats end differently. Nothing is computed before a micro-batch pulls it, and nothing is kept after.
+formats end differently; with another tokenizer than the student's, the answer in its own. Nothing is computed before a
+micro-batch pulls it, and nothing is kept after.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from opd.errors import ModelError
 from opd.models.answer_states import answer_states
 from opd.models.causal import CausalLM
 from opd.models.sanity import next_token_logits
-from opd.objectives.head import head_logits
 from opd.objectives.transfer import onto
+from opd.teachers.as_read import AsRead, Joint, order, own_logprobs, shared, spread
 from opd.teachers.residence import Residence, Resident
 from opd.text.agreement import Agreement
+from opd.text.crossing import Crossing
 from opd.text.formats import PromptFormat
-from opd.types import Batch, Head, Prompt, Resolution, Rollout, ScorerRows, Want
+from opd.types import Batch, Head, Prompt, Resolution, Rollout, ScorerRows, Spans, Want
 
 
 class LocalTeacher:
@@ -32,6 +35,7 @@ class LocalTeacher:
     model         a model that stays where it is, or a residence that brings it and lets it go. It is there from the
                   beginning until `check` or `release`.
     temperature   divides its logits before the softmax.
+    agreement     with the student's format; a model with another tokenizer is loaded with its own vocabulary.
     chunk_tokens  tokens whose logits exist at the same time where single log-probabilities are asked for.
     share_prompts a prompt of several answers, as this scorer reads it, is read once where that pays.
     """
@@ -40,7 +44,7 @@ class LocalTeacher:
         self,
         model: CausalLM | Residence,
         fmt: PromptFormat,
-        agreement: Agreement,
+        agreement: Agreement | Crossing,
         *,
         name: str,
         temperature: float,
@@ -57,8 +61,9 @@ class LocalTeacher:
         first = self._residence.fetch()
         self.vocab_size, self.parameter_count = first.vocab_size, first.parameter_count
         self.fingerprint = self._fingerprint(first)
-        self._copied: tuple[Any, Head] | None = None
-        self._order_V = _order(agreement, self._residence.device)
+        self._order_V, self._shared_V = order(agreement), shared(agreement)
+        self._there: dict[torch.device, tuple[Tensor | None, Tensor | None]] = {}
+        self._copied: tuple[torch.device, Head] | None = None
 
     @property
     def model(self) -> CausalLM:
@@ -83,7 +88,7 @@ class LocalTeacher:
 
     def evidence(self, rollouts_N: Sequence[Rollout]) -> LocalEvidence:
         """A lazy handle on what this scorer thinks of these rollouts."""
-        return LocalEvidence(self)
+        return LocalEvidence(self, rollouts_N)
 
     def fetch(self) -> None:
         """Comes to its device, until `release`."""
@@ -95,29 +100,42 @@ class LocalTeacher:
         self._residence.release()
 
     @property
-    def head(self) -> Head:
-        """The output layer over the student's vocabulary, end tokens exchanged; no gradient reaches it."""
+    def own_head(self) -> Head:
+        """The output layer in the model's own numbering; no gradient reaches it."""
         head = self.model.head
         bias_V = None if head.bias_V is None else head.bias_V.detach()
-        return Head(head.weight_VD.detach(), head.vocab_size, bias_V, head.scale, head.softcap, self._order_V)
+        return Head(head.weight_VD.detach(), head.vocab_size, bias_V, head.scale, head.softcap)
 
     def head_on(self, device: torch.device) -> Head:
-        """The head where the student's tiles are made; copied once until `release` when that is another device."""
-        head = self.head
-        if device == head.weight_VD.device:
-            return head
-        if self._copied is None or self._copied[0] != device:
-            moved = [None if x is None else x.to(device) for x in (head.weight_VD, head.bias_V, head.order_V)]
-            assert moved[0] is not None
-            self._copied = device, Head(moved[0], head.vocab_size, moved[1], head.scale, head.softcap, moved[2])
-        return self._copied[1]
+        """The same over the student's vocabulary, where the student's tiles are made; copied once until `release` when
+        that is another device."""
+        if self._copied is not None and self._copied[0] == device:
+            return self._copied[1]
+        own = self.own_head
+        if device == own.weight_VD.device:
+            return replace(own, order_V=self._on(device)[0])
+        bias_V = None if own.bias_V is None else own.bias_V.to(device)
+        moved = replace(own, weight_VD=own.weight_VD.to(device), bias_V=bias_V, order_V=self._on(device)[0])
+        self._copied = device, moved
+        return moved
+
+    def shared_on(self, device: torch.device) -> Tensor | None:
+        """`ScorerRows.shared_V` on a device."""
+        return self._on(device)[1]
+
+    def _on(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        if device not in self._there:
+            order_V, shared_V = self._order_V, self._shared_V
+            order_V = None if order_V is None else torch.from_numpy(order_V).to(device)
+            self._there[device] = order_V, None if shared_V is None else torch.from_numpy(shared_V).to(device)
+        return self._there[device]
 
     @torch.no_grad()
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ModelError when the scorer is NaN or knows nothing: caught before anything expensive starts."""
         name = self.model.name
         try:
-            logits_NV = next_token_logits(self.model, self.head, [self.format.prompt_ids(p.row) for p in prompts])
+            logits_NV = next_token_logits(self.model, self.own_head, [self.format.prompt_ids(p.row) for p in prompts])
         finally:
             self.release()
         logq_NV = torch.log_softmax(logits_NV / self.temperature, -1)
@@ -133,10 +151,14 @@ class LocalTeacher:
 class LocalEvidence:
     """Evidence of one scorer on one step's rollouts."""
 
-    def __init__(self, teacher: LocalTeacher) -> None:
+    def __init__(self, teacher: LocalTeacher, rollouts_N: Sequence[Rollout]) -> None:
         self._teacher = teacher
-        self._prompt_ids: dict[str, NDArray[np.int64]] = {}
+        self._answers = AsRead(teacher.format, teacher.agreement, rollouts_N)
         self._lengths: list[int] = []
+
+    def spans(self) -> Mapping[str, Mapping[str, Spans]]:
+        """See `protocols.EvidenceHandle`."""
+        return self._answers.spans(self._teacher.name)
 
     def prepare(self, wants: Mapping[str, Want]) -> int:
         """See `protocols.EvidenceHandle`: it reads when it is pulled, and everything at once."""
@@ -158,65 +180,55 @@ class LocalEvidence:
 
         "sampled" keeps a number for every token, anything else the hidden states.
         """
-        wanted = [(n, r) for n, r in enumerate(batch.rollouts) if r.id in want.rollouts and len(r.response_ids)]
-        if not wanted:
+        joint = self._answers.joint(batch, want)
+        if joint is None:
             return None
-        teacher, model = self._teacher, self._teacher.model
-        device, target = model.device, batch.token_T.device
-        index_T = known_T = None
-        if len(wanted) < len(batch.rollouts):
-            read_N = np.isin(np.arange(len(batch.rollouts)), [n for n, _ in wanted])
-            known_T = np.flatnonzero(np.repeat(read_N, [len(r.response_ids) for r in batch.rollouts]))
-            index_T = onto(known_T, target)
-        token_T = batch.token_T if index_T is None else batch.token_T[index_T]
-        hidden_TD = self._hidden(model, [r for _, r in wanted])
-        if want.resolution != "sampled":
-            return ScorerRows(
-                name=teacher.name,
-                valid_T=torch.isfinite(hidden_TD).all(-1).to(target),
-                temperature=teacher.temperature,
-                hidden_TD=hidden_TD.to(target),
-                head=teacher.head_on(target),
-                index_T=index_T,
-                known_index_T=known_T,
-            )
-        logprobs_T = self._sampled(hidden_TD, token_T.to(device)).to(target)
+        teacher, target = self._teacher, batch.token_T.device
+        hidden_UD = self._hidden(joint)
+        if want.resolution == "sampled":
+            logprobs_T = self._drawn(joint, hidden_UD).to(target)
+            valid_T, said = torch.isfinite(logprobs_T), {"logprobs_T": logprobs_T}
+        else:
+            hidden_TD = joint.of(hidden_UD).to(target)
+            valid_T, said = torch.isfinite(hidden_TD).all(-1), {"hidden_TD": hidden_TD}
+            if joint.at_R is not None:
+                said["own_token_T"] = onto(joint.own_R, target)
+            if joint.at_R is not None and want.joined == "gold":
+                said["before_T"] = joint.before(self._logprobs(joint.earlier_U, joint, hidden_UD)).to(target)
+                valid_T = valid_T & torch.isfinite(said["before_T"])
         return ScorerRows(
             name=teacher.name,
-            valid_T=torch.isfinite(logprobs_T),
+            valid_T=valid_T,
             temperature=teacher.temperature,
-            logprobs_T=logprobs_T,
-            index_T=index_T,
-            known_index_T=known_T,
+            head=None if want.resolution == "sampled" else teacher.head_on(target),
+            index_T=None if joint.index_R is None else onto(joint.index_R, target),
+            known_index_T=joint.index_R,
+            shared_V=teacher.shared_on(target),
+            **said,
         )
 
     def release(self) -> None:
         self._teacher.release()
 
-    def _hidden(self, model: CausalLM, rollouts: Sequence[Rollout]) -> torch.Tensor:
-        """[T, D]: the states that predict the tokens of these answers, one after the other."""
-        prompts = [self._prompt(r.prompt) for r in rollouts]
-        answers = [self._teacher.agreement.teacher_ids(r.response_ids) for r in rollouts]
+    def _hidden(self, joint: Joint) -> Tensor:
+        """[U, D]: the states that predict the tokens of these answers, one after the other."""
+        prompts = [self._answers.prompt_ids(rollout.prompt) for rollout in joint.rollouts]
+        answers = [self._answers.ids(rollout) for rollout in joint.rollouts]
         self._lengths += [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        return answer_states(model, prompts, answers, share=self._teacher.share_prompts)
+        return answer_states(self._teacher.model, prompts, answers, share=self._teacher.share_prompts)
 
-    def _prompt(self, prompt: Prompt) -> NDArray[np.int64]:
-        if prompt.id not in self._prompt_ids:
-            self._prompt_ids[prompt.id] = self._teacher.format.prompt_ids(prompt.row)
-        return self._prompt_ids[prompt.id]
+    def _drawn(self, joint: Joint, hidden_UD: Tensor) -> Tensor:
+        """[R]: log-probabilities of the drawn tokens, or of the spans that they are in."""
+        if joint.at_R is None:
+            return own_logprobs(hidden_UD, joint.ids_U, *self._head)
+        return joint.drawn(self._logprobs(joint.inside_U, joint, hidden_UD))
 
-    def _sampled(self, hidden_TD: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
-        """float32 [T]: the log-probability of every drawn token, a chunk of logits at a time."""
+    def _logprobs(self, places: NDArray[np.int64], joint: Joint, hidden_UD: Tensor) -> Tensor:
+        """[U]: log-probabilities of some of the scorer's tokens, NaN at the others."""
+        of_UD = hidden_UD.index_select(0, onto(places, hidden_UD.device))
+        return spread(own_logprobs(of_UD, joint.ids_U[places], *self._head), places, len(joint.ids_U))
+
+    @property
+    def _head(self) -> tuple[Head, float, int]:
         teacher = self._teacher
-        pieces = []
-        for hidden_CD, token_C in zip(
-            hidden_TD.split(teacher.chunk_tokens), token_T.split(teacher.chunk_tokens), strict=True
-        ):
-            logits_CV = head_logits(hidden_CD, teacher.head) / teacher.temperature
-            pieces.append(logits_CV.gather(1, token_C[:, None])[:, 0] - logits_CV.logsumexp(-1))
-        return torch.cat(pieces)
-
-
-def _order(agreement: Agreement, device: torch.device) -> torch.Tensor | None:
-    order = agreement.order()
-    return None if order is None else torch.from_numpy(order).to(device)
+        return teacher.own_head, teacher.temperature, teacher.chunk_tokens

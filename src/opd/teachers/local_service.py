@@ -15,7 +15,6 @@ from opd.models.answer_states import answer_states
 from opd.objectives.head import head_logits
 from opd.teachers.local import LocalTeacher
 from opd.teachers.service import Capabilities, Question, Scores, ServedHead, finished
-from opd.types import Head
 
 
 class LocalService:
@@ -25,7 +24,7 @@ class LocalService:
     several in one forward pass, which may change their last bits. The model stays on its device until `close`.
 
     Ids are the model's own: end tokens are not exchanged here. Scores are over the tokens that it shares with the
-    student. A named token that it does not know is NaN.
+    student, or over its own where it has another tokenizer. A named token that it does not know is NaN.
     """
 
     def __init__(self, teacher: LocalTeacher) -> None:
@@ -35,7 +34,9 @@ class LocalService:
 
     @property
     def fingerprint(self) -> str:
-        return self.teacher.fingerprint
+        """The teacher's. Over a part of its vocabulary, that which a student has, its probabilities are others."""
+        known, asked = self.teacher.format.tokenizer.vocab_size, self.teacher.vocab_size
+        return self.teacher.fingerprint + (f"-V{asked}" if asked < known else "")
 
     @property
     def capabilities(self) -> Capabilities:
@@ -52,8 +53,8 @@ class LocalService:
             largest = int(question.answer_ids.max())
             if largest >= self.teacher.vocab_size:
                 raise DataError(
-                    f"rollout {question.rollout_id}: it holds token {largest}, but {self.name} shares "
-                    f"{self.teacher.vocab_size} tokens with the student"
+                    f"rollout {question.rollout_id}: it holds token {largest}, but {self.name} knows "
+                    f"{self.teacher.vocab_size} tokens"
                 )
         self.calls += 1
         teacher = self.teacher
@@ -67,7 +68,7 @@ class LocalService:
         return [self._scores(question, part) for question, part in zip(questions, parts, strict=True)]
 
     def head(self) -> ServedHead:
-        head = self._head
+        head = self.teacher.own_head
         weight_VD = head.weight_VD[: head.vocab_size]
         bias_V = None if head.bias_V is None else head.bias_V[: head.vocab_size].float().cpu().numpy()
         return ServedHead(
@@ -84,16 +85,9 @@ class LocalService:
     def close(self) -> None:
         self.teacher.release()
 
-    @property
-    def _head(self) -> Head:
-        """In the model's own numbering."""
-        head = self.teacher.model.head
-        bias_V = None if head.bias_V is None else head.bias_V.detach()
-        return Head(head.weight_VD.detach(), head.vocab_size, bias_V, head.scale, head.softcap)
-
     def _scores(self, question: Question, hidden_TD: Tensor) -> Scores:
         """A chunk of logits at a time."""
-        teacher, head, device = self.teacher, self._head, hidden_TD.device
+        teacher, head, device = self.teacher, self.teacher.own_head, hidden_TD.device
         answer_T = torch.from_numpy(question.answer_ids).to(device)
         chosen_TK = None if question.chosen_TK is None else torch.from_numpy(question.chosen_TK).to(device)
         drawn, top, top_ids, chosen = [], [], [], []

@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from opd.text.agreement import Agreement
+from opd.text.crossing import Crossing
 from opd.text.formats import PromptFormat
-from opd.types import Batch, Prompt, Resolution, Rollout, ScorerRows, Want
+from opd.types import Batch, Prompt, Resolution, Rollout, ScorerRows, Spans, Want
 
 
 class MemberEvidence(Protocol):
     """What one scorer says about one step's rollouts; see `protocols.EvidenceHandle`."""
+
+    def spans(self) -> Mapping[str, Mapping[str, Spans]]:
+        """By this scorer's name; empty where it has the student's tokenizer."""
+        ...
 
     def prepare(self, wants: Mapping[str, Want]) -> int: ...
 
@@ -29,13 +34,14 @@ class Member(Protocol):
 
     resolution       the most that it says about a token.
     most_entries     so many of its most likely tokens at a position, where it does not say everything.
-    vocab_size       its tokens. `parameter_count`: of its weights, for the bill.
+    vocab_size       its tokens: the student's, or with another tokenizer its own. `parameter_count`: of its weights,
+                     for the bill.
     fingerprint      weights, tokenizer, template, context and temperature when it was made.
     """
 
     name: str
     format: PromptFormat
-    agreement: Agreement
+    agreement: Agreement | Crossing
     fingerprint: str
     vocab_size: int
     parameter_count: int

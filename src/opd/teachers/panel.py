@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from opd.teachers.member import Member, MemberEvidence
-from opd.types import Batch, Rollout, ScorerRows, Want
+from opd.types import Batch, Rollout, ScorerRows, Spans, Want
 
 
 class Panel:
@@ -49,6 +49,10 @@ class PanelEvidence:
     def __init__(self, parts: Mapping[str, MemberEvidence]) -> None:
         self._parts = parts
         self._asked: dict[str, MemberEvidence] = {}
+
+    def spans(self) -> Mapping[str, Mapping[str, Spans]]:
+        """See `protocols.EvidenceHandle`."""
+        return {name: spans for part in self._parts.values() for name, spans in part.spans().items()}
 
     def prepare(self, wants: Mapping[str, Want]) -> int:
         """See `protocols.EvidenceHandle`."""

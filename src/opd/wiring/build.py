@@ -27,11 +27,14 @@ from opd.objectives.objective import gate_scorers, target_scorers
 from opd.prompts.mixture import PromptStream
 from opd.prompts.sources import read_source
 from opd.protocols import Grader
-from opd.text.agreement import Agreement, compare
+from opd.text.agreement import Agreement
 from opd.text.contexts import PromptContext
+from opd.text.crossing import Crossing, agree
 from opd.text.formats import Format, PromptFormat
 from opd.text.tokenizer import load_tokenizer
 from opd.types import Prompt, Rollout, Row, SamplingParams
+from opd.wiring.foreign import check_foreign
+from opd.wiring.foreign_fit import check_fit, own_tokens
 from opd.wiring.writing import needs_completions, one_answer
 
 
@@ -45,7 +48,12 @@ class Texts:
 
     student: PromptFormat
     scorers: Mapping[str, PromptFormat]
-    agreements: Mapping[str, Agreement]
+    agreements: Mapping[str, Agreement | Crossing]
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The scorers that have another tokenizer than the student."""
+        return tuple(name for name, agreement in self.agreements.items() if agreement.foreign)
 
     @property
     def notes(self) -> list[str]:
@@ -66,16 +74,19 @@ def load_format(spec: Model, role: str) -> PromptFormat:
 
 
 def load_texts(config: Config) -> Texts:
-    """All formats and what they agree on; raises ModelError when a scorer and the student cannot read each other."""
+    """All formats and what they agree on; raises ModelError when a scorer and the student cannot read each other,
+    ConfigError when the config asks of a scorer with another tokenizer what it cannot say."""
     student = load_format(config.student, "student")
     formats, agreements = {}, {}
     for name, scorer in all_scorers(config).items():
         formats[name] = load_format(loaded_as(config, scorer), scorer_role(config, name))
         try:
-            agreements[name] = compare(student, formats[name])
+            agreements[name] = agree(student, formats[name])
         except ModelError as error:
             raise error if name == "teacher" else ModelError(f"{option_of(config, name)}: {error}") from error
-    return Texts(student, formats, agreements)
+    texts = Texts(student, formats, agreements)
+    check_foreign(config, texts)
+    return texts
 
 
 def scorer_role(config: Config, name: str) -> str:
@@ -245,14 +256,18 @@ def exam_format(fmt: PromptFormat) -> PromptFormat:
 
 def check_context(config: Config, texts: Texts, prompts: PromptStream, tasks: Sequence[PreparedTask]) -> None:
     """Raises BadInput when a prompt and its answer cannot fit into a model's positions, DataError when a scorer's
-    context needs a column that a row does not have, or a row has no scorer."""
+    context needs a column that a row does not have, or a row has no scorer, ConfigError when next to nothing of the
+    student's text can be joined with what a scorer reads."""
     limit = config.sampling.max_tokens
     scorers = all_scorers(config)
     _fits("student", config.student, prompts.longest, limit, "sampling.max_tokens")
-    for name, read in read_prompts(config, prompts.prompts()).items():
+    asked = read_prompts(config, prompts.prompts())
+    for name, read in asked.items():
         longest = _longest((prompt.row for prompt in read), texts.scorers[name])
         spec, role = loaded_as(config, scorers[name]), scorer_role(config, name)
-        _fits(role, spec, longest, limit, "sampling.max_tokens", who=name)
+        own = own_tokens(texts, name, read, limit)
+        _fits(role, spec, longest, limit, "sampling.max_tokens", who=name, own=own)
+    check_fit(config, texts, asked)
     if name := examined(config):
         fmt = exam_format(texts.scorers[name])
         check_task_context(config, scorer_role(config, name), scorers[name], fmt, tasks)
@@ -266,16 +281,28 @@ def check_task_context(
     for task in tasks:
         option = "sampling.max_tokens" if task.spec.sampling is None else f"max_tokens of task {task.spec.name}"
         longest = _longest(task.rows, fmt)
+        sampling_params(task.spec.sampling or config.sampling, fmt)
         _fits(role, model, longest, (task.spec.sampling or config.sampling).max_tokens, option)
 
 
-def _fits(role: str, model: Model, prompt_tokens: int, max_tokens: int, option: str, who: str | None = None) -> None:
+def _fits(
+    role: str,
+    model: Model,
+    prompt_tokens: int,
+    max_tokens: int,
+    option: str,
+    who: str | None = None,
+    own: int | None = None,
+) -> None:
+    """own: what max_tokens come to for a reader with other tokens, about; None: its tokens are the student's."""
     positions = getattr(read_config(model, role).get_text_config(), "max_position_embeddings", None)
-    if positions is not None and prompt_tokens + max_tokens > positions:
+    own = max_tokens if own is None else own
+    if positions is not None and prompt_tokens + own > positions:
         reader = "" if who is None or role == who else f" as {who} reads it"
+        other = "" if own == max_tokens else f", which are about {own} of its own,"
         raise BadInput(
             f"{role}.model: {model.model} has {positions} positions, but the longest prompt{reader} ({prompt_tokens} "
-            f"tokens) plus {option} = {max_tokens} needs {prompt_tokens + max_tokens}: lower {option} or drop long "
+            f"tokens) plus {option} = {max_tokens}{other} needs {prompt_tokens + own}: lower {option} or drop long "
             "prompts."
         )
 

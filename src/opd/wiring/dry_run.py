@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from opd.config.alignments import Alignment
 from opd.config.behaviours import Mixture, writers
 from opd.config.objective import DataTerm, OutcomeTerm, Term
 from opd.config.presets import as_line
@@ -20,6 +21,7 @@ from opd.reports.objective import shape_in_words, target_in_words
 from opd.reports.progress import say
 from opd.reports.table import memory
 from opd.text.agreement import rendered_difference
+from opd.text.crossing import Crossing
 from opd.text.formats import PromptFormat
 from opd.wiring.build import (
     PreparedTask,
@@ -36,6 +38,8 @@ from opd.wiring.build import (
     stored_type,
 )
 from opd.wiring.elsewhere import check_elsewhere
+from opd.wiring.foreign import foreign_notes
+from opd.wiring.foreign_fit import foreign_lines
 from opd.wiring.memory_plan import free_on, plan_memory, shares
 from opd.wiring.scorers import called
 from opd.wiring.writing import check_writers, make_rewards, one_answer
@@ -63,7 +67,7 @@ def dry_run(config: Config, console: Console | None = None) -> None:
     )
     sections = [
         ("models", _models(config)),
-        ("text", _texts(texts)),
+        ("text", _texts(config, texts, prompts)),
         ("prompts", _prompts(config, prompts)),
         ("objective", _objective(config)),
         ("evals", [_task(task) for task in tasks] or ["none"]),
@@ -74,7 +78,7 @@ def dry_run(config: Config, console: Console | None = None) -> None:
         for line in lines:
             say(console, f"  {line}")
         say(console, "")
-    _memory(config, prompts, console)
+    _memory(config, texts, prompts, console)
     if config.run.existing in ("ask", "refuse") and holds_results(config.run.folder):
         say(console, f"{config.run.folder} holds a run: go on with run.existing=resume, or delete it with overwrite")
 
@@ -126,16 +130,24 @@ def _adapter(student: Student, rank: int) -> list[str]:
     return lines
 
 
-def _texts(texts: Texts) -> list[str]:
+def _texts(config: Config, texts: Texts, prompts: PromptStream) -> list[str]:
     lines = [f"student: {_format(texts.student)}"]
     for name, fmt in texts.scorers.items():
         reads = "" if not fmt.context.columns else f", with {', '.join(fmt.context.columns)} in its prompt"
         lines.append(f"{name}: {_format(fmt)}{reads}")
-        for ours, theirs in texts.agreements[name].end_map:
-            tokens = texts.student.tokenizer.tokens
+        for ours, theirs in _ends(texts, name):
             who = "the teacher" if name == TEACHER else name
-            lines.append(f"{who} reads the student's end {tokens[ours]!r} as its own {tokens[theirs]!r}")
-    return lines + texts.notes
+            lines.append(f"{who} reads the student's end {ours!r} as its own {theirs!r}")
+    asked = read_prompts(config, prompts.prompts()) if texts.foreign else {}
+    return [*lines, *foreign_lines(texts, asked), *texts.notes, *foreign_notes(config, texts)]
+
+
+def _ends(texts: Texts, name: str) -> list[tuple[str, str]]:
+    """The student's end tokens that a scorer reads as another one of its own."""
+    agreement, ours, theirs = texts.agreements[name], texts.student, texts.scorers[name]
+    pairs = [(ours.end_ids[0], theirs.end_ids[0])] if isinstance(agreement, Crossing) else list(agreement.end_map)
+    said = [(ours.tokenizer.tokens[a], theirs.tokenizer.tokens[b]) for a, b in pairs]
+    return [(a, b) for a, b in said if a != b]
 
 
 def _format(fmt: PromptFormat) -> str:
@@ -192,7 +204,13 @@ def _term(term: Term) -> str:
     else:
         where = "on the whole vocabulary"
     weights = "" if term.importance.kind == "none" else f", {_weights(term.importance)}"
-    return f"{start} {shape_in_words(term.shape.model_dump())}, target = {target}, {where}{weights}, {end}"
+    joined = "" if term.alignment.kind == "strict" else f", tokens joined as {_joined(term.alignment)}"
+    return f"{start} {shape_in_words(term.shape.model_dump())}, target = {target}, {where}{joined}{weights}, {end}"
+
+
+def _joined(alignment: Alignment) -> str:
+    options = {k: v for k, v in alignment.model_dump(exclude_defaults=True).items() if k != "kind"}
+    return alignment.kind + (f" {as_line(options)}" if options else "")
 
 
 def _weights(importance: Weighting) -> str:
@@ -202,9 +220,9 @@ def _weights(importance: Weighting) -> str:
     return f"weights {importance.kind}" + (f" ({', '.join(numbers)})" if numbers else "")
 
 
-def _memory(config: Config, prompts: PromptStream, console: Console) -> None:
+def _memory(config: Config, texts: Texts, prompts: PromptStream, console: Console) -> None:
     """What the student's device must hold, and what it has."""
-    plan = plan_memory(config, prompts)
+    plan = plan_memory(config, prompts, texts=texts)
     available = free_on(plan.device)
     memory(plan.parts, available, console)
     if available is not None and plan.need > available:

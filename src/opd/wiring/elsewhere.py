@@ -8,6 +8,7 @@ from opd.config.objective import DivergenceTerm
 from opd.config.reads import evidence, most, top_k_needed
 from opd.config.schema import Config, Scorer
 from opd.config.scorers import all_scorers, loaded_as
+from opd.teachers.as_read import scored_tokens
 from opd.teachers.cached_service import CachedService
 from opd.teachers.local import LocalTeacher
 from opd.teachers.local_service import LocalService
@@ -39,7 +40,7 @@ def elsewhere(
     """
     scorer = all_scorers(config)[name]
     fmt, agreement = texts.scorers[name], texts.agreements[name]
-    vocab_size, temperature = texts.student.tokenizer.vocab_size, temperature_of(config, scorer)
+    vocab_size, temperature = scored_tokens(agreement), temperature_of(config, scorer)
     want = wanted(config, name)
     service: ScoreService | None = None
     if scorer.server is not None:

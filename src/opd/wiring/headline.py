@@ -8,7 +8,9 @@ from opd.config.schema import Config
 from opd.config.scorers import all_scorers
 from opd.prompts.mixture import PromptStream
 from opd.reports.figures import counted
-from opd.wiring.build import Texts, cut_answers
+from opd.wiring.build import Texts, cut_answers, read_prompts
+from opd.wiring.foreign import foreign_notes
+from opd.wiring.foreign_fit import foreign_lines
 from opd.wiring.scorers import called
 
 
@@ -26,7 +28,9 @@ def headline(config: Config, texts: Texts, prompts: PromptStream, folder: Path) 
     limit = config.prompts.max_prompt_tokens
     dropped = [(name, n) for name, n in prompts.dropped.items() if n]
     lines += [f"{name}: {counted(n, 'prompt')} dropped, longer than {limit} tokens" for name, n in dropped]
-    notes = texts.notes
+    if texts.foreign:
+        lines += foreign_lines(texts, read_prompts(config, prompts.prompts()))
+    notes = [*texts.notes, *foreign_notes(config, texts)]
     if cut := cut_answers(config, prompts):
         notes.append(cut)
     return lines + [f"note: {note}" for note in notes]

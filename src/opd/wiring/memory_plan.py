@@ -17,7 +17,8 @@ from opd.models.loading import adapter_targets, pick_device
 from opd.models.packing import plan
 from opd.prompts.mixture import PromptStream
 from opd.types import Rollout
-from opd.wiring.build import compute_type, config_size, scorer_role, stored_type
+from opd.wiring.build import Texts, compute_type, config_size, read_prompts, scorer_role, stored_type
+from opd.wiring.foreign_fit import measured
 
 MOST = 2**20  # answered tokens of a step that are planned one by one
 
@@ -42,11 +43,14 @@ def plan_memory(
     tokens_per_micro_batch: int | None = None,
     slots: int | None = None,
     device_bytes: int | None = None,
+    texts: Texts | None = None,
 ) -> Plan:
     """Bytes by part on the student's device, for answers as long as they may get.
 
     tokens_per_micro_batch, slots   other ones than the config's.
     device_bytes                    as if all models were on one GPU of this size; there, auto means bfloat16.
+    texts                           what scorers read: those with another tokenizer have another number of tokens, and
+                                    other vocabularies. None: as if all had the student's.
     """
     student, as_gpu = config.student, device_bytes is not None
     device = torch.device("cuda") if as_gpu else pick_device(student.device)
@@ -83,6 +87,7 @@ def plan_memory(
         whole={name for term in config.objective.terms for name, said in evidence(term).items() if said != "sampled"},
         products=products,
         one_batch=batches == 1,
+        foreign=_foreign(config, texts, prompts),
     )
     if not isinstance(engine, Engine):  # a process of its own, which takes its share of a GPU at once
         parts = {part: size for part, size in parts.items() if part not in ("sampler_weights", "kv_cache")}
@@ -90,6 +95,16 @@ def plan_memory(
             whole = device_bytes if device_bytes is not None else torch.cuda.mem_get_info(device)[1]
             parts["engine_while_writing" if engine.sleep else "engine"] = round(engine.memory * whole)
     return Plan(parts=parts, device=str(device))
+
+
+def _foreign(config: Config, texts: Texts | None, prompts: PromptStream) -> dict[str, tuple[int, float]]:
+    """Scorers with another tokenizer: the size of their vocabulary, and how many of their tokens one of the student's
+    is."""
+    if texts is None or not texts.foreign:
+        return {}
+    asked = read_prompts(config, prompts.prompts())
+    fits = {name: measured(texts, name, asked.get(name, ())) for name in texts.foreign}
+    return {name: (texts.scorers[name].tokenizer.vocab_size, fit.rate or 1.0) for name, fit in fits.items()}
 
 
 def shares(config: Config, scorer: Scorer) -> bool:

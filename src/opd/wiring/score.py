@@ -26,6 +26,7 @@ from opd.journal.lock import is_run_folder
 from opd.journal.reader import read_config as read_run_config
 from opd.models.loading import load_frozen
 from opd.reports.progress import RunView
+from opd.teachers.as_read import scored_tokens
 from opd.teachers.cached_service import CachedService
 from opd.teachers.local import LocalTeacher
 from opd.teachers.local_service import LocalService
@@ -163,7 +164,7 @@ def make_service(config: Config, name: str, texts: Texts, prompts: Sequence[Prom
             f"{option_of(config, name)}.weights is {scorer.weights}: there is nothing to score with before a student "
             "is trained. Name a scorer of its own weights"
         )
-    temperature, size = temperature_of(config, scorer), texts.student.tokenizer.vocab_size
+    temperature, size = temperature_of(config, scorer), scored_tokens(texts.agreements[name])
     if scorer.server is not None:
         from opd.teachers.served.connect import served_teacher  # its HTTP client is for those who have a server
 

@@ -14,8 +14,9 @@ from opd.errors import BadInput, DataError
 from opd.journal.reader import read_rollouts, recorded_steps
 from opd.models.loading import read_config
 from opd.prompts.sources import read_source
+from opd.teachers.as_read import AsRead
 from opd.teachers.service import Question
-from opd.types import Prompt
+from opd.types import FinishReason, Prompt, Rollout
 from opd.wiring.build import Texts, load_prompts, render, scorer_role
 
 AT_ONCE = 256  # questions that a service has at the same time; how many it works on is its own affair
@@ -40,7 +41,7 @@ class WrittenAnswers:
             prompt = render(row, self.student)
             if prompt.completion_ids is not None:
                 self.prompts.append(prompt)
-                yield self._question(row.id, self.teacher.prompt_ids(row), prompt.completion_ids)
+                yield from self._asked(row.id, prompt, self.teacher.prompt_ids(row), prompt.completion_ids, "stop")
 
     def recorded(self, step: int | None) -> Iterator[Question]:
         """The rollouts of a run, behind the prompts that its config gives again."""
@@ -64,9 +65,18 @@ class WrittenAnswers:
                     read[prompt.id] = self.teacher.prompt_ids(prompt.row)
                     self.prompts.append(prompt)
                 if line["response_ids"]:
-                    yield self._question(line["id"], read[prompt.id], np.array(line["response_ids"], dtype=np.int64))
+                    ids = np.array(line["response_ids"], dtype=np.int64)
+                    yield from self._asked(line["id"], prompt, read[prompt.id], ids, line["finish_reason"])
 
-    def _question(self, name: str, prompt_ids: NDArray[np.int64], answer_ids: NDArray[np.int64]) -> Question:
+    def _asked(
+        self,
+        name: str,
+        prompt: Prompt,
+        prompt_ids: NDArray[np.int64],
+        answer_ids: NDArray[np.int64],
+        finish_reason: FinishReason,
+    ) -> Iterator[Question]:
+        """A question, or none about an answer in which a scorer with another tokenizer has nothing to read."""
         limit = self.config.sampling.max_tokens
         self.cut += len(answer_ids) > limit
         if int(answer_ids.max()) >= self.student.tokenizer.vocab_size:
@@ -74,8 +84,19 @@ class WrittenAnswers:
                 f"{self.place}: {name} holds token {int(answer_ids.max())}, but the student has "
                 f"{self.student.tokenizer.vocab_size} tokens. It was written with another tokenizer"
             )
-        answer = self.agreement.teacher_ids(answer_ids[:limit])
-        return Question(rollout_id=name, prompt_ids=prompt_ids, answer_ids=answer, top_k=self.top_k)
+        written = Rollout(
+            id=name,
+            prompt=prompt,
+            response_ids=answer_ids[:limit],
+            behaviour_logprobs=np.full(len(answer_ids[:limit]), np.nan, dtype=np.float32),
+            mask=np.ones(len(answer_ids[:limit]), dtype=np.bool_),
+            policy_version=0,
+            behaviour="dataset",
+            finish_reason=finish_reason if len(answer_ids) <= limit else "length",
+        )
+        answer = AsRead(self.teacher, self.agreement, [written]).ids(written)
+        if len(answer):
+            yield Question(rollout_id=name, prompt_ids=prompt_ids, answer_ids=answer, top_k=self.top_k)
 
 
 def check_lengths(config: Config, name: str, questions: Sequence[Question]) -> None:

@@ -12,12 +12,14 @@ from opd.costs.size import ModelSize
 from opd.models.adapters import adapter_off_view
 from opd.models.causal import CausalLM
 from opd.models.loading import load_frozen
+from opd.teachers.as_read import scored_tokens
 from opd.teachers.local import LocalTeacher
 from opd.teachers.member import Member
 from opd.teachers.moving import Moving
 from opd.teachers.panel import Panel
 from opd.teachers.residence import InHostMemory, Residence, resident
 from opd.teachers.served.served import ServedTeacher
+from opd.text.crossing import Crossing
 from opd.types import Prompt
 from opd.wiring.build import Texts, config_size, scorer_role
 from opd.wiring.elsewhere import elsewhere
@@ -70,7 +72,7 @@ class Scorers:
     def _local(self, name: str, scorer: Scorer, texts: Texts, student: CausalLM) -> LocalTeacher:
         objective = self._config.objective
         return LocalTeacher(
-            self._weights(name, scorer, student),
+            self._weights(name, scorer, student, scored_tokens(texts.agreements[name])),
             texts.scorers[name],
             texts.agreements[name],
             name=name,
@@ -79,7 +81,7 @@ class Scorers:
             share_prompts=self._config.learner.share_prompts,
         )
 
-    def _weights(self, name: str, scorer: Scorer, student: CausalLM) -> CausalLM | Residence:
+    def _weights(self, name: str, scorer: Scorer, student: CausalLM, tokens: int) -> CausalLM | Residence:
         kind = scorer.weights
         if kind == "student":
             return student
@@ -87,7 +89,7 @@ class Scorers:
             return adapter_off_view(student)  # an adapter begins as nothing
         if kind == "model" or kind == "initial":
             spec, role = loaded_as(self._config, scorer), scorer_role(self._config, name)
-            return resident(functools.partial(load_frozen, spec, student.vocab_size, role=role), scorer.offload)
+            return resident(functools.partial(load_frozen, spec, tokens, role=role), scorer.offload)
         moving = Moving(name, student, kind=kind, rate=scorer.ema_rate, every=scorer.every)
         self.moving[name] = moving
         away = scorer.offload == "cpu" and moving.model.device.type != "cpu"
@@ -107,8 +109,13 @@ class Scorers:
         return [name for name in self.panel.members if scorers[name].weights in FIXED]
 
     def fingerprints(self) -> dict[str, str]:
-        """What must be the same when the run goes on."""
-        return {name: self.panel.members[name].fingerprint for name in self.fixed}
+        """What must be the same when the run goes on: also the student's tokens, where they are joined with others."""
+        found = {}
+        for name in self.fixed:
+            member = self.panel.members[name]
+            crossed = f"-{member.agreement.fingerprint[:8]}" if isinstance(member.agreement, Crossing) else ""
+            found[name] = f"{member.fingerprint}{crossed}"
+        return found
 
     def changed(self) -> dict[str, float]:
         """Metrics: 1 where a scorer is not the one that the run began with, although no step changes it."""

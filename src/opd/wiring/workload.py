@@ -17,6 +17,7 @@ from opd.objectives.objective import Objective
 from opd.prompts.mixture import PromptStream
 from opd.types import Prompt
 from opd.wiring.build import Texts, compute_type, config_size, read_prompts, scorer_role, stored_type
+from opd.wiring.foreign_fit import measured
 
 STUDENT = "student"
 _SAMPLED = 256  # prompts whose lengths stand for all; a scorer with a context of its own renders each anew
@@ -74,7 +75,8 @@ def workload(
     for name, scorer in all_scorers(config).items():
         if is_away(scorer):
             continue  # what it takes is no work of this machine
-        placed[name] = _placed(config, name, scorer, student, sizes.get(name), vocab)
+        own = texts.scorers[name].tokenizer.vocab_size if name in texts.foreign else vocab
+        placed[name] = _placed(config, name, scorer, student, sizes.get(name), own)
     seen = _sample(config, prompts)
     planned = config.prompts.per_step * sum(share * _samples(config, writer) for writer, share in _shares(config))
     number = planned if answers.number is None else answers.number
@@ -118,7 +120,8 @@ def _writing(
     for name, (prompts, answers) in shares.items():
         length = text.prompt_tokens if name == STUDENT else _prompt_length(texts, name, seen)
         passes = token_passes(answers, text.answer_tokens, config.engine.slots, longest)
-        own = Text(prompts=prompts, answers=answers, prompt_tokens=length, answer_tokens=text.answer_tokens)
+        tokens = text.answer_tokens * _rate(texts, name, seen)
+        own = Text(prompts=prompts, answers=answers, prompt_tokens=length, answer_tokens=tokens)
         made[name] = Writing(model=placed[name], text=own, passes=passes)
     return made
 
@@ -148,7 +151,7 @@ def _scoring(
             prompts=text.prompts * share,
             answers=text.answers * share,
             prompt_tokens=_prompt_length(texts, name, asked),
-            answer_tokens=text.answer_tokens,
+            answer_tokens=text.answer_tokens * _rate(texts, name, asked),
         )
         model = placed[name]
         made[name] = Reading(
@@ -180,7 +183,7 @@ def _placed(config: Config, name: str, scorer: Scorer, student: Placed, size: Mo
 
 
 def _without_padding(size: ModelSize, vocab: int) -> ModelSize:
-    """A head has a row for every token of the student's tokenizer; those behind them are never multiplied."""
+    """A head has a row for every token of the tokenizer; those behind them are never multiplied."""
     rows = min(vocab, size.vocab)
     idle = (size.vocab - rows) * size.hidden
     return replace(size, vocab=rows, active_parameters=size.active_parameters - idle)
@@ -227,6 +230,11 @@ def _prompt_length(texts: Texts, name: str, asked: Sequence[Prompt]) -> float:
     """Mean tokens of these prompts as a scorer reads them."""
     few = asked[:: max(1, len(asked) // _SAMPLED)]
     return _mean([len(texts.scorers[name].prompt_ids(prompt.row)) for prompt in few])
+
+
+def _rate(texts: Texts, name: str, asked: Sequence[Prompt]) -> float:
+    """A model's tokens for one of the student's."""
+    return (measured(texts, name, asked).rate or 1.0) if name in texts.foreign else 1.0
 
 
 def _mean(numbers: Sequence[int]) -> float:

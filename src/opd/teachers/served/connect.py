@@ -25,6 +25,7 @@ from opd.teachers.served.tinker import Tinker
 from opd.teachers.served.together import Together
 from opd.teachers.served.vllm import Vllm
 from opd.text.agreement import PROBES, Agreement
+from opd.text.crossing import Crossing
 from opd.text.formats import PromptFormat
 from opd.types import Prompt, Want
 
@@ -44,7 +45,7 @@ def served_teacher(
     server: Server,
     model: str,
     fmt: PromptFormat,
-    agreement: Agreement,
+    agreement: Agreement | Crossing,
     *,
     temperature: float,
     vocab_size: int,
@@ -56,7 +57,7 @@ def served_teacher(
     """Connects, tries the server out, and checks that it can say what the run wants. See `connect` and `ServedTeacher`.
 
     model            the scorer's: it names the tokenizer, and the model on the server where `server.model` does not.
-    vocab_size       real tokens of the student, which are those of the rows that come back.
+    vocab_size       tokens that it knows, and the run counts on: `scored_tokens(agreement)`.
     parameter_count  of the served model, for the bill.
     probes           prompts of the run, on which the server is tried out.
     wants            what the run is going to ask; rollouts are of no matter.
@@ -197,6 +198,6 @@ def _same_tokenizer(host: str, identity: Identity, fmt: PromptFormat, vocab_size
         )
     if identity.vocab_size is not None and identity.vocab_size < vocab_size:
         raise ConfigError(
-            f"{host} knows {identity.vocab_size} tokens, and the student has {vocab_size}: let model name the model "
-            "that is served"
+            f"{host} knows {identity.vocab_size} tokens, and {vocab_size} are needed: let model name the model that is "
+            "served"
         )

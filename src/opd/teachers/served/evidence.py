@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from opd.errors import BadService
 from opd.net.waiting import result_of
 from opd.objectives.transfer import onto
+from opd.teachers.as_read import AsRead, Joint, own_logprobs, spread
 from opd.teachers.served.probe import flat
 from opd.teachers.service import Question, Scores
-from opd.types import Batch, Rollout, ScorerRows, Want
+from opd.types import Batch, Rollout, ScorerRows, Spans, Want
 
 if TYPE_CHECKING:
     from opd.teachers.served.served import ServedTeacher
@@ -42,13 +44,16 @@ class ServedEvidence:
 
     def __init__(self, teacher: ServedTeacher, rollouts_N: Sequence[Rollout]) -> None:
         self._teacher = teacher
-        self._rollouts = {r.id: r for r in rollouts_N if len(r.response_ids)}
-        self._prompt_ids: dict[str, NDArray[np.int64]] = {}
+        self._answers = AsRead(teacher.format, teacher.agreement, rollouts_N)
         self._asked: dict[_Asked, Future[Scores]] = {}
         self._named: dict[str, tuple[NDArray[np.int64], Future[Scores]]] = {}
         self._lengths: list[int] = []
         self._drawn: dict[str, NDArray[np.float32]] = {}
         self._invalid: dict[str, int] = {}
+
+    def spans(self) -> Mapping[str, Mapping[str, Spans]]:
+        """See `protocols.EvidenceHandle`."""
+        return self._answers.spans(self._teacher.name)
 
     def prepare(self, wants: Mapping[str, Want]) -> int:
         """See `protocols.EvidenceHandle`: begins with what does not depend on the student."""
@@ -56,8 +61,8 @@ class ServedEvidence:
         if want is None:
             return 0
         by_states = self._teacher.by_states(want)
-        for rollout in self._rollouts.values():
-            if rollout.id in want.rollouts and (by_states or want.top_k or not want.student_top_k):
+        if by_states or want.top_k or not want.student_top_k:
+            for rollout in self._answers.wanted(want):
                 self._ask(rollout, want)
         return 0 if by_states or want.resolution != "entries" else want.student_top_k
 
@@ -77,31 +82,26 @@ class ServedEvidence:
         Raises ServiceUnavailable or BadService where an answer did not come, BadService where too many tokens of the
         step have no usable score: one rollout that fails fails the step.
         """
-        wanted = [(n, r) for n, r in enumerate(batch.rollouts) if r.id in want.rollouts and len(r.response_ids)]
-        if not wanted:
+        joint = self._answers.joint(batch, want)
+        if joint is None:
             return None
         teacher, target = self._teacher, batch.token_T.device
-        index_T = known_T = None
-        if len(wanted) < len(batch.rollouts):
-            read_N = np.isin(np.arange(len(batch.rollouts)), [n for n, _ in wanted])
-            known_T = np.flatnonzero(np.repeat(read_N, [len(r.response_ids) for r in batch.rollouts]))
-            index_T = onto(known_T, target)
-        rollouts = [rollout for _, rollout in wanted]
         if teacher.by_states(want):
-            rows = self._states(rollouts, want, target)
+            rows = self._states(joint, want, target)
         elif want.resolution == "entries":
-            named = self._ask_named(batch, wanted, want) if want.student_top_k else {}
-            rows = self._entries(rollouts, want, named)
+            named = self._ask_named(batch, joint, want) if want.student_top_k else {}
+            rows = self._entries(joint, want, named)
         else:
-            rows = self._drawn_tokens(rollouts, want)
+            rows = self._drawn_tokens(joint, want)
         self._guard(want)
         made = {name: None if value is None else value.to(target) for name, value in rows.items()}
         return ScorerRows(
             name=teacher.name,
             temperature=teacher.temperature,
             head=teacher.head_on(target) if teacher.by_states(want) else None,
-            index_T=index_T,
-            known_index_T=known_T,
+            index_T=None if joint.index_R is None else onto(joint.index_R, target),
+            known_index_T=joint.index_R,
+            shared_V=teacher.shared_on(target),
             **made,  # pyright: ignore[reportArgumentType]
         )
 
@@ -122,32 +122,26 @@ class ServedEvidence:
             self._asked[asked] = self._submit(rollout, top_k=asked.top_k, hidden=hidden)
         return self._asked[asked]
 
-    def _ask_named(
-        self, batch: Batch, wanted: Sequence[tuple[int, Rollout]], want: Want
-    ) -> dict[str, tuple[NDArray[np.int64], Future[Scores]]]:
-        """Rollout id to the student's most likely tokens there, and what is asked about them. All are asked before the
-        first is waited for."""
+    def _ask_named(self, batch: Batch, joint: Joint, want: Want) -> dict[str, tuple[NDArray[np.int64], Future[Scores]]]:
+        """Rollout id to the student's most likely tokens at the rows there, and what is asked about them. All are asked
+        before the first is waited for."""
         assert batch.student_top_TK is not None, "the learner was told to name the student's tokens, and named none"
-        top_TK = batch.student_top_TK[:, : want.student_top_k].cpu().numpy().astype(np.int64)
-        ends = np.cumsum([len(r.response_ids) for r in batch.rollouts])
-        for n, rollout in wanted:
-            mine_TK = top_TK[ends[n] - len(rollout.response_ids) : ends[n]]
+        top_RK = batch.student_top_TK[:, : want.student_top_k].cpu().numpy().astype(np.int64)
+        top_RK = top_RK if joint.index_R is None else top_RK[joint.index_R]
+        for rollout, rows, mine_RK in zip(joint.rollouts, joint.rows, joint.parts(top_RK), strict=True):
             known = self._named.get(rollout.id)
-            if known is not None and np.array_equal(known[0], mine_TK):
-                continue
-            chosen_TK = self._teacher.agreement.teacher_ids(mine_TK)
-            self._named[rollout.id] = mine_TK, self._submit(rollout, chosen_TK=chosen_TK)
-        return {rollout.id: self._named[rollout.id] for _, rollout in wanted}
+            if known is None or not np.array_equal(known[0], mine_RK):
+                chosen_UK = np.full((len(self._answers.ids(rollout)), mine_RK.shape[1]), -1)
+                chosen_UK[rows.at_R] = self._teacher.in_its_ids(mine_RK)
+                self._named[rollout.id] = mine_RK, self._submit(rollout, chosen_TK=chosen_UK)
+        return {rollout.id: self._named[rollout.id] for rollout in joint.rollouts}
 
     def _submit(self, rollout: Rollout, **what: Any) -> Future[Scores]:
-        """A question in the scorer's own words: its prompt, and end tokens exchanged."""
-        prompt = rollout.prompt
-        if prompt.id not in self._prompt_ids:
-            self._prompt_ids[prompt.id] = self._teacher.format.prompt_ids(prompt.row)
+        """A question in the scorer's own words: its prompt, and the answer in its ids."""
         question = Question(
             rollout_id=rollout.id,
-            prompt_ids=self._prompt_ids[prompt.id],
-            answer_ids=self._teacher.agreement.teacher_ids(rollout.response_ids),
+            prompt_ids=self._answers.prompt_ids(rollout.prompt),
+            answer_ids=self._answers.ids(rollout),
             **what,
         )
         self._lengths.append(len(question.prompt_ids) + len(question.answer_ids))
@@ -155,83 +149,95 @@ class ServedEvidence:
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 
-    def _drawn_tokens(self, rollouts: Sequence[Rollout], want: Want) -> dict[str, torch.Tensor]:
-        pieces = []
-        for rollout in rollouts:
-            scores = result_of(self._ask(rollout, want))
-            pieces.append(scores.logprobs_T)
-            self._note(rollout, np.isfinite(scores.logprobs_T), scores.logprobs_T)
-        logprobs_T = torch.from_numpy(np.concatenate(pieces))
-        return {"logprobs_T": logprobs_T, "valid_T": torch.isfinite(logprobs_T)}
+    def _drawn_tokens(self, joint: Joint, want: Want) -> dict[str, Tensor]:
+        scored = [result_of(self._ask(rollout, want)).logprobs_T for rollout in joint.rollouts]
+        logprobs_R = joint.drawn(torch.from_numpy(np.concatenate(scored)))
+        valid_R = torch.isfinite(logprobs_R)
+        self._note(joint, valid_R.numpy(), scored)
+        return {"logprobs_T": logprobs_R, "valid_T": valid_R}
 
     def _entries(
         self,
-        rollouts: Sequence[Rollout],
+        joint: Joint,
         want: Want,
         named: Mapping[str, tuple[NDArray[np.int64], Future[Scores]]],
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Tensor]:
         """Log-probabilities of the scorer's most likely tokens and the student's, in the student's numbering."""
+        assert joint.at_R is None or want.joined == "strict", "entries are compared token by token"
         width = want.top_k + want.student_top_k
-        logprobs, ids, entries, valid = [], [], [], []
-        for rollout in rollouts:
+        scored, ids, entries, valid = [], [], [], []
+        for rollout, rows in zip(joint.rollouts, joint.rows, strict=True):
             parts: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []
-            good_T = np.ones(len(rollout.response_ids), np.bool_)
-            drawn_T = None
+            good_R = np.ones(len(rows.at_R), np.bool_)
+            drawn_U = None
             if want.top_k:
                 scores = result_of(self._ask(rollout, want))
                 assert scores.top_ids_TK is not None and scores.top_logprobs_TK is not None
-                parts.append((self._for_student(scores.top_ids_TK), scores.top_logprobs_TK))
-                good_T &= (scores.top_ids_TK >= 0).any(-1)
-                drawn_T = scores.logprobs_T
+                theirs_RK, likely_RK = scores.top_ids_TK[rows.at_R], scores.top_logprobs_TK[rows.at_R]
+                ids_RK = self._teacher.in_student_ids(theirs_RK)
+                if joint.at_R is None:  # with one tokenizer, what it knows beyond the student's is left out
+                    likely_RK = np.where(ids_RK < 0, np.float32(np.nan), likely_RK)
+                parts.append((ids_RK, likely_RK))
+                good_R &= (theirs_RK >= 0).any(-1)
+                drawn_U = scores.logprobs_T
             if rollout.id in named:
-                mine_TK, future = named[rollout.id]
+                mine_RK, future = named[rollout.id]
                 scores = result_of(future)
                 assert scores.chosen_TK is not None
-                parts.append((mine_TK, scores.chosen_TK))
-                drawn_T = scores.logprobs_T if drawn_T is None else drawn_T
-            assert drawn_T is not None, "entries were wanted, and none of anybody"
-            ids_TK, entries_TK = _union(parts, width)
-            good_T &= np.isfinite(drawn_T) & (np.isfinite(entries_TK) | (ids_TK < 0)).all(-1)
-            self._note(rollout, good_T, drawn_T)
-            logprobs.append(drawn_T)
-            ids.append(ids_TK)
-            entries.append(entries_TK)
-            valid.append(good_T)
+                known_RK = np.where(self._teacher.in_its_ids(mine_RK) < 0, -1, mine_RK)
+                parts.append((known_RK, scores.chosen_TK[rows.at_R]))
+                drawn_U = scores.logprobs_T if drawn_U is None else drawn_U
+            assert drawn_U is not None, "entries were wanted, and none of anybody"
+            ids_RK, entries_RK = _union(parts, width)
+            good_R &= np.isfinite(drawn_U[rows.at_R]) & (np.isfinite(entries_RK) | (ids_RK < 0)).all(-1)
+            scored.append(drawn_U)
+            ids.append(ids_RK)
+            entries.append(entries_RK)
+            valid.append(good_R)
+        self._note(joint, np.concatenate(valid), scored)
         return {
-            "logprobs_T": torch.from_numpy(np.concatenate(logprobs)),
+            "logprobs_T": joint.of(torch.from_numpy(np.concatenate(scored))),
             "entry_ids_TK": torch.from_numpy(np.concatenate(ids)),
             "entries_TK": torch.from_numpy(np.concatenate(entries)),
             "valid_T": torch.from_numpy(np.concatenate(valid)),
         }
 
-    def _states(self, rollouts: Sequence[Rollout], want: Want, target: torch.device) -> dict[str, torch.Tensor]:
-        dtype, pieces = self._teacher.head_on(target).weight_VD.dtype, []
-        for rollout in rollouts:
-            scores = result_of(self._ask(rollout, want))
-            assert scores.hidden_TD is not None
-            hidden_TD = as_tensor(scores.hidden_TD)
-            self._note(rollout, torch.isfinite(hidden_TD).all(-1).numpy(), scores.logprobs_T)
-            pieces.append(hidden_TD.to(dtype))
-        hidden_TD = torch.cat(pieces)
-        return {"hidden_TD": hidden_TD, "valid_T": torch.isfinite(hidden_TD).all(-1)}
-
-    def _for_student(self, ids_TK: NDArray[np.int64]) -> NDArray[np.int64]:
-        """In the student's numbering, which is the scorer's with the same two tokens exchanged; -1 for what the student
-        does not know."""
-        mapped_TK = self._teacher.agreement.teacher_ids(ids_TK)
-        return np.where(mapped_TK < self._teacher.agreement.vocab_size, mapped_TK, -1)
+    def _states(self, joint: Joint, want: Want, target: torch.device) -> dict[str, Tensor]:
+        teacher = self._teacher
+        head = teacher.head_on(target)
+        scored = [result_of(self._ask(rollout, want)) for rollout in joint.rollouts]
+        pieces = [as_tensor(scores.hidden_TD) for scores in scored if scores.hidden_TD is not None]
+        assert len(pieces) == len(scored), "states were asked for"
+        hidden_UD = torch.cat(pieces).to(head.weight_VD.dtype)
+        made = {"hidden_TD": joint.of(hidden_UD)}
+        valid_R = torch.isfinite(made["hidden_TD"]).all(-1)
+        if joint.at_R is not None:
+            made["own_token_T"] = torch.from_numpy(joint.own_R)
+            if want.joined == "gold":
+                places = joint.earlier_U
+                of_UD, own = hidden_UD[torch.from_numpy(places)].to(target), replace(head, order_V=None)
+                logprobs_M = own_logprobs(of_UD, joint.ids_U[places], own, teacher.temperature).cpu()
+                made["before_T"] = joint.before(spread(logprobs_M, places, len(joint.ids_U)))
+                valid_R &= torch.isfinite(made["before_T"])
+        self._note(joint, valid_R.numpy(), [scores.logprobs_T for scores in scored])
+        return made | {"valid_T": valid_R}
 
     # ---- guards ------------------------------------------------------------------------------------------------------
 
-    def _note(self, rollout: Rollout, good_T: NDArray[np.bool_], drawn_T: NDArray[np.float32]) -> None:
-        self._invalid[rollout.id] = int((rollout.mask & ~good_T).sum())
-        self._drawn[rollout.id] = drawn_T
+    def _note(self, joint: Joint, good_R: NDArray[np.bool_], scored: Sequence[NDArray[np.float32]]) -> None:
+        """What came of the answers of a micro-batch: `scored` is [U] of each, in the scorer's own tokens."""
+        goods = joint.parts(good_R)
+        for rollout, rows, good, logprobs_U in zip(joint.rollouts, joint.rows, goods, scored, strict=True):
+            self._invalid[rollout.id] = int(rows.trained_R[~good].sum())
+            self._drawn[rollout.id] = logprobs_U
 
     def _guard(self, want: Want) -> None:
-        """BadService as soon as it is certain that the step cannot be trained on: before its gradient is used."""
+        """BadService as soon as it is certain that the step cannot be trained on: before its gradient is used. Tokens
+        are the student's, and those of them that the scorer should have said something about."""
         teacher = self._teacher
-        asked = [rollout for rollout in self._rollouts.values() if rollout.id in want.rollouts]
-        tokens, invalid = sum(int(r.mask.sum()) for r in asked), sum(self._invalid.values())
+        asked = self._answers.wanted(want)
+        tokens = sum(int(self._answers.rows(rollout, want.joined).trained_R.sum()) for rollout in asked)
+        invalid = sum(self._invalid.values())
         if invalid > teacher.max_invalid * tokens:
             raise BadService(
                 f"{teacher.name} gave no usable score for {invalid} of the step's {tokens} tokens (server.max_invalid "
@@ -250,17 +256,18 @@ class ServedEvidence:
 def _union(
     parts: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]], width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """[T, width] ids and log-probabilities of all parts; an id that comes twice in a row, -1 from the second on."""
+    """[T, width] ids and log-probabilities of all parts. An id that comes twice in a row is -1 from the second on; one
+    that was -1 keeps its log-probability: a token that the student lacks is likely all the same."""
     ids_TK = np.concatenate([ids for ids, _ in parts], axis=1)
     entries_TK = np.concatenate([logprobs for _, logprobs in parts], axis=1).astype(np.float32)
     order_TK = np.argsort(ids_TK, axis=1, kind="stable")
     sorted_TK = np.take_along_axis(ids_TK, order_TK, 1)
     again_TK = np.zeros_like(ids_TK, dtype=np.bool_)
-    again_TK[:, 1:] = sorted_TK[:, 1:] == sorted_TK[:, :-1]
+    again_TK[:, 1:] = (sorted_TK[:, 1:] == sorted_TK[:, :-1]) & (sorted_TK[:, 1:] >= 0)
     repeated_TK = np.zeros_like(again_TK)
     np.put_along_axis(repeated_TK, order_TK, again_TK, axis=1)
     ids_TK = np.where(repeated_TK, -1, ids_TK)
-    entries_TK = np.where(ids_TK < 0, np.float32(np.nan), entries_TK)
+    entries_TK = np.where(repeated_TK, np.float32(np.nan), entries_TK)
     missing = width - ids_TK.shape[1]
     if missing > 0:
         ids_TK = np.pad(ids_TK, ((0, 0), (0, missing)), constant_values=-1)

@@ -6,12 +6,16 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from opd.errors import BadService, ConfigError, ModelError
+from opd.teachers.as_read import order, shared
 from opd.teachers.served.evidence import ServedEvidence, as_tensor
 from opd.teachers.served.probe import flat
 from opd.teachers.service import Capabilities, Question, ScoreService, ask_all
 from opd.text.agreement import Agreement
+from opd.text.crossing import Crossing
 from opd.text.formats import PromptFormat
 from opd.types import Head, Prompt, Resolution, Rollout, Want
 
@@ -20,7 +24,7 @@ class ServedTeacher:
     """What a panel needs of a member, over any `ScoreService`.
 
     temperature   the service was made for it: it divides the logits there, or those that are made of states here.
-    vocab_size    real tokens of the student.
+    vocab_size    real tokens of the student; of a scorer with another tokenizer its own.
     max_invalid   share of a step's tokens without a usable score above which the run stops.
     """
 
@@ -28,7 +32,7 @@ class ServedTeacher:
         self,
         service: ScoreService,
         fmt: PromptFormat,
-        agreement: Agreement,
+        agreement: Agreement | Crossing,
         *,
         name: str,
         temperature: float,
@@ -42,7 +46,10 @@ class ServedTeacher:
         self.vocab_size, self.parameter_count = vocab_size, parameter_count
         self.max_invalid = max_invalid
         self.fingerprint = service.fingerprint
+        self._order_V, self._shared_V = order(agreement), shared(agreement)
+        self._student_of_V = None if isinstance(agreement, Agreement) else _inverse(agreement.teacher_of_V, vocab_size)
         self._heads: dict[torch.device, Head] = {}
+        self._shared: dict[torch.device, Tensor] = {}
 
     @property
     def resolution(self) -> Resolution:
@@ -143,17 +150,48 @@ class ServedTeacher:
         """The output layer over the student's vocabulary, end tokens exchanged; asked for once."""
         if device not in self._heads:
             served = self.service.head()
-            if served.vocab_size < self.agreement.vocab_size:
+            if served.vocab_size < self.vocab_size:
                 raise BadService(
-                    f"{self.name}: its head knows {served.vocab_size} tokens, the student {self.agreement.vocab_size}"
+                    f"{self.name}: its head knows {served.vocab_size} tokens, and {self.vocab_size} are compared"
                 )
-            order = self.agreement.order()
             self._heads[device] = Head(
                 as_tensor(served.weight_VD).to(device),
-                self.agreement.vocab_size,
+                self.vocab_size,
                 None if served.bias_V is None else as_tensor(served.bias_V).to(device),
                 served.scale,
                 served.softcap,
-                None if order is None else torch.from_numpy(order).to(device),
+                None if self._order_V is None else torch.from_numpy(self._order_V).to(device),
             )
         return self._heads[device]
+
+    # ---- its tokens, and the student's -------------------------------------------------------------------------------
+
+    def shared_on(self, device: torch.device) -> Tensor | None:
+        """`ScorerRows.shared_V` on a device."""
+        if self._shared_V is None:
+            return None
+        if device not in self._shared:
+            self._shared[device] = torch.from_numpy(self._shared_V).to(device)
+        return self._shared[device]
+
+    def in_its_ids(self, ids_TK: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The student's tokens in its numbering; -1 for what it lacks."""
+        return ids_TK if self._order_V is None else np.where(ids_TK < 0, -1, self._order_V[ids_TK])
+
+    def in_student_ids(self, ids_TK: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Its tokens in the student's numbering; -1 for what the student lacks. With one tokenizer the same two tokens
+        are exchanged in either direction."""
+        if isinstance(self.agreement, Agreement):
+            mapped_TK = self.agreement.teacher_ids(ids_TK)
+            return np.where(mapped_TK < self.agreement.vocab_size, mapped_TK, -1)
+        assert self._student_of_V is not None
+        known_TK = (ids_TK >= 0) & (ids_TK < len(self._student_of_V))
+        return np.where(known_TK, self._student_of_V[np.where(known_TK, ids_TK, 0)], -1)
+
+
+def _inverse(teacher_of_V: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """int64 [size]: the student's token of each of the scorer's; -1 for none."""
+    student_of_V = np.full(size, -1, dtype=np.int64)
+    shared_V = np.flatnonzero(teacher_of_V >= 0)
+    student_of_V[teacher_of_V[shared_V]] = shared_V
+    return student_of_V
