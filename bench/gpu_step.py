@@ -54,7 +54,7 @@ from opd.objectives.objective import Objective
 from opd.rollouts.engine import EmbeddedEngine
 from opd.teachers.local import LocalTeacher
 from opd.text.agreement import Agreement
-from opd.types import Batch, Prompt, Rollout, Row, SamplingParams, ScorerRows, Want
+from opd.types import Batch, Prompt, Rollout, Row, SamplingParams, ScorerRows, Spans, Want
 
 FULL_RATE = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bfloat16 FLOP/s of data sheets, by a part of the device's name; the first that fits counts."""
@@ -140,6 +140,9 @@ class MadeBefore:
     def __init__(self, teacher: LocalTeacher, rollouts_N: Sequence[Rollout]) -> None:
         self._handle = teacher.evidence(rollouts_N)
         self._made: dict[tuple[str, ...], list[ScorerRows]] = {}
+
+    def spans(self) -> Mapping[str, Mapping[str, Spans]]:
+        return self._handle.spans()
 
     def prepare(self, wants: Mapping[str, Want]) -> int:
         return 0

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import transformers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from opd.errors import ModelError
@@ -44,6 +44,7 @@ def test_byte_level_text_survives_encoding(text):
 @given(text=st.text(max_size=40))
 def test_harmless_text_has_the_ids_of_the_original_tokenizer(family, text):
     tokenizer = families.made(family)
+    assume(not any(tokenizer.tokens[number] in text for number in tokenizer.added_ids))
     assert tokenizer.encode(text) == tokenizer.hf.encode(text, add_special_tokens=False)
 
 

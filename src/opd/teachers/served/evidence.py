@@ -185,7 +185,7 @@ class ServedEvidence:
                 scores = result_of(future)
                 assert scores.chosen_TK is not None
                 known_RK = np.where(self._teacher.in_its_ids(mine_RK) < 0, -1, mine_RK)
-                parts.append((known_RK, scores.chosen_TK[rows.at_R]))
+                parts.append((known_RK, np.where(known_RK < 0, np.float32(np.nan), scores.chosen_TK[rows.at_R])))
                 drawn_U = scores.logprobs_T if drawn_U is None else drawn_U
             assert drawn_U is not None, "entries were wanted, and none of anybody"
             ids_RK, entries_RK = _union(parts, width)
